@@ -1,0 +1,159 @@
+"""The package as a package: what an import costs, what is public, what it depends on, how the house is laid out."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import florapeft
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(florapeft.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Public names of the finished design; the ones of this release must all be there.
+PUBLIC_NOW = {"FloraConfig", "FloraModel", "FloraLayer", "Tucker", "hosvd", "hooi"}
+PUBLIC_LATER = {"plan", "allocate", "initialize_from_gradients", "extract", "export", "load_official"}
+
+# The modules in dependency order: each imports only from those before it.
+HOUSE = ["_peft_type", "tucker", "contract", "rank", "config", "init", "layer", "targets", "model", "_register"]
+HOUSE += ["planning", "gradients", "extraction", "structure", "convert", "report", "train", "cli"]
+
+# What the extras bring, and what the core must not import.
+EXTRAS_ONLY = ["transformers.trainer", "datasets", "sklearn", "tensorboard", "typer", "rich"]
+
+
+def imported_by(code: str, modules: list[str]) -> list[str]:
+    """Those of `modules` that a fresh interpreter has loaded after running `code`."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps([m for m in {modules!r} if m in sys.modules]))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+class TestImport:
+    def test_brings_no_extra(self):
+        assert imported_by("import florapeft", EXTRAS_ONLY) == []
+
+    def test_check_can_fail(self):
+        assert imported_by("import florapeft, sklearn, rich", EXTRAS_ONLY) == ["sklearn", "rich"]
+
+    def test_is_silent(self):
+        code = "import florapeft, importlib; importlib.import_module('florapeft')"
+        run = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning:florapeft", "-c", code],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert (run.stdout, run.stderr) == ("", "")
+
+
+class TestPublicNames:
+    def test_version_is_the_metadata(self):
+        assert florapeft.__version__ == importlib.metadata.version("florapeft")
+
+    def test_all_is_the_design(self):
+        names = set(florapeft.__all__) - {"__version__"}
+        assert names >= PUBLIC_NOW
+        assert names <= PUBLIC_NOW | PUBLIC_LATER
+
+    @pytest.mark.parametrize("name", sorted(set(florapeft.__all__) - {"__version__"}))
+    def test_documented(self, name):
+        assert len((getattr(florapeft, name).__doc__ or "").strip()) > 20
+        assert not getattr(florapeft, name).__doc__.startswith(f"{name}("), "a dataclass's generated docstring"
+
+    def test_typed(self):
+        assert (PACKAGE / "py.typed").is_file()
+
+
+def internal_imports(path: Path) -> set[str]:
+    """Top-level modules of the package that a source file imports at module level (not inside functions)."""
+    here = ("florapeft", *path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+    for node in ast.iter_child_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("florapeft.")}
+    return found
+
+
+class TestHouse:
+    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+    def test_files_are_short(self, path):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+    @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+    def test_imports_point_up(self, path):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in ("__init__", "__main__"):
+            return
+        above = HOUSE[: HOUSE.index(part)]
+        own = [part] if path.parent != PACKAGE else []
+        assert internal_imports(path) & set(HOUSE) <= {*above, *own}
+
+    def test_import_check_can_fail(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+        (tmp_path / "cli").mkdir()
+        file = tmp_path / "cli" / "one.py"
+        file.write_text(
+            "import torch\nfrom florapeft.layer import x\nfrom ..rank import y\nfrom .. import model\n"
+            "from . import other\nimport florapeft.tucker\ndef f():\n    from florapeft.config import z\n"
+        )
+        assert internal_imports(file) == {"layer", "rank", "model", "cli", "tucker"}
+
+
+def requirements(distribution: str, extra: str) -> set[str]:
+    """Names of everything that installing `distribution[extra]` installs, for this interpreter."""
+    found: set[str] = set()
+    queue = [(canonicalize_name(distribution), frozenset([extra]))]
+    seen = set()
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        found.add(name)
+        for text in importlib.metadata.requires(name) or []:
+            needed = Requirement(text)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in {*extras, ""}):
+                queue.append((canonicalize_name(needed.name), frozenset(needed.extras)))
+    return found - {canonicalize_name(distribution)}
+
+
+class TestDependencies:
+    LINES = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+    def test_every_package_is_pinned(self):
+        pinned = {canonicalize_name(Requirement(line).name) for line in self.LINES}
+        assert requirements("florapeft", "dev") - pinned == set()
+
+    def test_pins_are_exact_and_name_no_place(self):
+        for line in self.LINES:
+            assert re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.\d+\")?", line), line
+
+    def test_core_needs_torch_and_peft_alone(self):
+        core = [Requirement(text) for text in importlib.metadata.requires("florapeft")]
+        assert {r.name for r in core if r.marker is None or r.marker.evaluate({"extra": ""})} == {
+            "torch",
+            "peft",
+        }
+
+    def test_every_dependency_has_its_reason(self):
+        reasons = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+        direct = {Requirement(text).name for text in importlib.metadata.requires("florapeft")} - {"florapeft"}
+        assert {name for name in direct if f"| `{name}` |" not in reasons} == set()
