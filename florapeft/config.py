@@ -1,0 +1,169 @@
+"""FloraConfig: what PEFT's LoraConfig has and makes sense here keeps LoRA's name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from florapeft._peft_type import FLORA
+from florapeft.rank import validate_rank
+
+FORMAT_VERSION = 1
+STARTS = ("released", "variance", "zero_output")
+BIASES = ("none", "all", "flora_only")
+ALL_WEIGHTS = "all-weights"
+
+
+@dataclass
+class FloraConfig(PeftConfig):
+    """Configuration of FLoRA: an update `dW = scale · G ×₀ U₀ … ×ₙ₋₁ Uₙ₋₁` for weights of any order.
+
+    The method: Si et al., "Maintaining Structural Integrity in Parameter Spaces for Parameter Efficient Fine-tuning",
+    ICLR 2025, arXiv 2405.14739.
+
+    Args:
+        r: rank of every channel mode (an int), or one rank per mode in the weight's own axis order, which needs all
+            targets to have that order. Capped at each mode's size.
+        kernel_r: rank of each spatial mode of a convolution; None keeps the kernel whole.
+        budget: adapter parameters over all targets, as a count (int) or a share of the base model's parameters
+            (float in (0, 1)); replaces `r`. Heads and `modules_to_save` are not counted.
+        allocation: how a budget is spread without data: "uniform" gives every channel mode the same rank.
+        ranks: resolved ranks, `{full module name: [r_0, …]}`. Written when a budget is solved; targets that are not
+            listed are not adapted. Where it is set, `budget` is only a record.
+        scale: the paper's s, a plain multiplier of the update (never divided by a rank).
+        flora_dropout: probability of dropping an entry of the adapter's input while training.
+        init_weights: True for the default start, an update of exactly zero; False for a random small update; or the
+            name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`).
+        target_modules: list of names or suffixes, a regular expression, "all-linear" or "all-weights"; None takes
+            PEFT's table for models it knows.
+        exclude_modules: list of names or suffixes, or a regular expression, of modules to leave alone.
+        rank_pattern: `{name, suffix or regular expression of a module: rank}`, which overrides `r`.
+        scale_pattern: the same for `scale`.
+        bias: which biases are trained and saved too: "none", "all", or "flora_only" (those of adapted layers).
+        layers_to_transform: index or indices of the layers to adapt, where `target_modules` is a list.
+        layers_pattern: name of the module list that `layers_to_transform` counts in.
+        modules_to_save: modules that are trained and saved in full, such as a new head.
+        trainable_token_indices: rows of the input embedding to train in full, as in PEFT's LoraConfig.
+        format_version: of the saved adapter; a newer one than this release knows is refused.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong kind, out of range, or contradicts another.
+    """
+
+    r: int | list[int] = field(default=8, metadata={"help": "Rank of every channel mode, or one rank per mode."})
+    kernel_r: int | None = field(
+        default=None, metadata={"help": "Rank of each spatial mode; None keeps the kernel whole."}
+    )
+    budget: int | float | None = field(
+        default=None, metadata={"help": "Adapter parameters: a count, or a share of the base model's; replaces r."}
+    )
+    allocation: str = field(default="uniform", metadata={"help": "How a budget is spread without data."})
+    ranks: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Resolved ranks by full module name; only these modules are adapted."}
+    )
+    scale: float = field(default=1.0, metadata={"help": "Multiplier of the update."})
+    flora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    init_weights: bool | str = field(
+        default=True, metadata={"help": f"True, False, or the name of a start: {', '.join(STARTS)}."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, a regular expression, 'all-linear' or 'all-weights'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    rank_pattern: dict[str, int | list[int]] = field(
+        default_factory=dict, metadata={"help": "Rank by module name or regular expression; overrides r."}
+    )
+    scale_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Scale by module name or regular expression; overrides scale."}
+    )
+    bias: str = field(default="none", metadata={"help": f"Biases to train too, one of {', '.join(BIASES)}."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved in full, such as a new head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the input embedding to train in full."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FLORA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._validate_ranks()
+        self._validate_budget()
+        self._validate_numbers()
+        self._validate_targets()
+        if self.init_weights not in (True, False, *STARTS):
+            raise ValueError(f"init_weights must be True, False or one of {list(STARTS)}, got {self.init_weights!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {list(BIASES)}, got {self.bias!r}")
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter was saved in format version {self.format_version!r}; this florapeft reads up to "
+                f"{FORMAT_VERSION}: upgrade florapeft to load it"
+            )
+
+    def _validate_ranks(self) -> None:
+        validate_rank(self.r, "r")
+        if self.kernel_r is not None and not isinstance(self.kernel_r, int):
+            raise TypeError(f"kernel_r must be a positive integer or None, got {self.kernel_r!r}")
+        if self.kernel_r is not None:
+            validate_rank(self.kernel_r, "kernel_r")
+        for pattern, rank in self.rank_pattern.items():
+            validate_rank(rank, f"rank_pattern[{pattern!r}]")
+        for name, rank in (self.ranks or {}).items():
+            validate_rank(rank, f"ranks[{name!r}]")
+
+    def _validate_budget(self) -> None:
+        if self.allocation != "uniform":
+            raise ValueError(f"allocation must be 'uniform', got {self.allocation!r}")
+        budget = self.budget
+        if budget is None:
+            return
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise TypeError(f"budget must be a parameter count (int) or a share (float), got {budget!r}")
+        if isinstance(budget, int) and budget < 1:
+            raise ValueError(f"budget as a count must be at least 1, got {budget}")
+        if isinstance(budget, float) and not 0.0 < budget < 1.0:
+            raise ValueError(f"budget as a share of the base model must be between 0 and 1, got {budget}")
+        if self.ranks is None and (self.r != type(self).r or self.rank_pattern):
+            given = f"r={self.r}" if self.r != type(self).r else f"rank_pattern={self.rank_pattern}"
+            raise ValueError(f"budget={budget} and {given} contradict each other: a budget chooses the ranks, give one")
+
+    def _validate_numbers(self) -> None:
+        scales = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
+        for name, value in scales.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        dropout = self.flora_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"flora_dropout must be a number in [0, 1), got {dropout!r}")
+
+    def _validate_targets(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} works with target_modules as a list of names; "
+                        f"here target_modules is the string {self.target_modules!r}"
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, which is None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets as sorted lists, so that equal configurations are saved as equal files."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}

@@ -1,0 +1,265 @@
+"""How a Tucker update acts on an input, without building the update where that can be avoided.
+
+An *operation* is a layer's linear map as a function of its weight: linear, convolution, transposed convolution,
+embedding. All are linear in the weight, so with `dW = G ×₀ U₀ … ×ₙ₋₁ Uₙ₋₁` the update's output `op(x, dW)` factors into
+
+    x ── input factor ──▶ r_in channels ── core, kernel factors folded in ──▶ r_out channels ── output factor ──▶ y
+
+and only the middle step is the operation itself, with its stride, padding, dilation and padding mode. A *route* says
+which of the two channel factors are folded into the core before the data meets it:
+
+    factored        neither: three small steps
+    input_folded    the input factor: two steps
+    output_folded   the output factor: two steps
+    dense           both: the plain formula, one operation with dW; the reference that the other routes must equal
+
+For grouped convolutions the factors do not separate from the groups, so `dense` is their only route; their weights are
+small. `choose_route` picks by the estimated cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from florapeft.tucker import Tucker, multi_mode_dot
+
+Route = Literal["factored", "input_folded", "output_folded", "dense"]
+ROUTES: tuple[str, ...] = get_args(Route)
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class Linear(NamedTuple):
+    """`y = x Wᵀ`, or `y = x W` where the weight is stored `(in, out)` as in transformers' `Conv1D`."""
+
+    input_mode: int = 1
+    groups: int = 1
+
+    @property
+    def output_mode(self) -> int:
+        return 1 - self.input_mode
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`(…, in) → (…, out)`."""
+        if self.input_mode == 1:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return x @ weight
+        # As transformers computes it, so that a zero update leaves the output bit for bit.
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
+        return F.linear(x, factor.mT)
+
+    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
+        return F.linear(x, factor)
+
+    def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
+        """How many vectors of channels the input, the middle step and the output have."""
+        count = x.numel() / x.shape[-1]
+        return count, count, count
+
+
+class Conv(NamedTuple):
+    """`nn.Conv1d/2d/3d` over its whole option space; weight `(out, in / groups, *kernel)`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    explicit_padding: tuple[int, ...]  # for F.pad, last axis first
+
+    input_mode = 1
+    output_mode = 0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Conv:
+        return cls(
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+            tuple(module._reversed_padding_repeated_twice),
+        )
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`(…, in, *positions) → (…, out, *positions)`."""
+        padding: tuple[int, ...] | str | int = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.explicit_padding, mode=self.padding_mode), 0
+        return _CONV[len(self.stride)](x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
+        return _pointwise(x, factor.mT, len(self.stride))
+
+    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
+        return _pointwise(x, factor, len(self.stride))
+
+    def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
+        before = x.numel() / (weight_shape[1] * self.groups)
+        after = before / prod(self.stride)
+        return before, after, after
+
+
+class ConvTranspose(NamedTuple):
+    """`nn.ConvTranspose1d/2d/3d`; weight `(in, out / groups, *kernel)`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    input_mode = 0
+    output_mode = 1
+
+    @classmethod
+    def of(cls, module: nn.Module, x: Tensor, output_size: Sequence[int] | None) -> ConvTranspose:
+        output_padding = module._output_padding(
+            x,
+            None if output_size is None else list(output_size),
+            module.stride,
+            module.padding,
+            module.kernel_size,
+            len(module.stride),
+            module.dilation,
+        )
+        return cls(module.stride, module.padding, tuple(output_padding), module.dilation, module.groups)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`(…, in, *positions) → (…, out, *positions)`."""
+        operation = _CONV_TRANSPOSE[len(self.stride)]
+        return operation(
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
+        return _pointwise(x, factor.mT, len(self.stride))
+
+    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
+        return _pointwise(x, factor, len(self.stride))
+
+    def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
+        before = x.numel() / weight_shape[0]
+        return before, before, before * prod(self.stride)
+
+
+class Embedding(NamedTuple):
+    """A lookup, `y = onehot(x) W` with `W` of shape `(num, dim)`; the input factor is looked up, not multiplied."""
+
+    input_mode = 0
+    output_mode = 1
+    groups = 1
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`(…)` of row numbers, or `(…, r_in)` of rows looked up before `→ (…, dim)`."""
+        if x.is_floating_point():
+            return x @ weight
+        return F.embedding(x, weight)
+
+    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
+        return F.embedding(x, factor)
+
+    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
+        return F.linear(x, factor)
+
+    def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
+        return x.numel(), x.numel(), x.numel()
+
+
+Operation = Linear | Conv | ConvTranspose | Embedding
+
+
+def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "dense", scale: float = 1.0) -> Tensor:
+    """`operation(x, scale · dW)` for the update `dW` that `tucker` stands for.
+
+    Computed in the dtype of `x`: what is cast is the adapter's own small tensors, never the input. (Row numbers of an
+    embedding have no such dtype; there the adapter's own is used.)
+
+    Args:
+        operation: the base layer's linear map.
+        tucker: core and factors over the base weight's axes.
+        x: the base layer's input.
+        route: one of `ROUTES`. All agree to rounding; `dense` is the plain formula.
+        scale: a multiplier of the update, applied to the core.
+
+    Returns:
+        The base layer's output shape, without bias.
+    """
+    core, factors = tucker
+    source, target = operation.input_mode, operation.output_mode
+    outside: list[Tensor | None] = [None, None]
+    folded = list(factors)
+    if operation.groups == 1:
+        if route in ("factored", "output_folded"):
+            outside[0], folded[source] = factors[source], None
+        if route in ("factored", "input_folded"):
+            outside[1], folded[target] = factors[target], None
+    kernel = multi_mode_dot(core if scale == 1.0 else core * scale, folded)
+    dtype = x.dtype if x.is_floating_point() else core.dtype
+
+    if outside[0] is not None:
+        x = operation.project_in(x, outside[0].to(dtype))
+    x = operation.apply(x, kernel.to(dtype))
+    if outside[1] is not None:
+        x = operation.project_out(x, outside[1].to(dtype))
+    return x
+
+
+def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int], x: Tensor, *, fused: bool) -> str:
+    """The route with the least estimated cost for this input.
+
+    Cost is counted in multiply-adds of one training step (forward, gradient of the input, gradient of the weight) plus
+    `_TRAFFIC` for every activation written. `dense` is considered only where the weight has fewer entries than the
+    input, so that building and keeping dW stays small against the data.
+
+    Args:
+        operation: the base layer's linear map.
+        shape: the base weight's shape.
+        rank: the update's multilinear rank.
+        x: the base layer's input.
+        fused: whether `dense` can run as the base operation itself with W + dW, which then costs only the gradient
+            of the weight.
+    """
+    if operation.groups > 1:
+        return "dense"
+    source, target = operation.input_mode, operation.output_mode
+    d_in, d_out, r_in, r_out = shape[source], shape[target], rank[source], rank[target]
+    kernel = prod(shape) // (d_in * d_out)
+    before, middle, after = operation.positions(x, shape)
+
+    def step(count: float, fan_in: int, fan_out: int, written: float) -> float:
+        return 3 * count * fan_in * fan_out + _TRAFFIC * written * fan_out
+
+    entering = 0.0 if r_in == d_in else step(before, d_in, r_in, before)
+    leaving = 0.0 if r_out == d_out else step(after, r_out, d_out, after)
+    fold_in = 0.0 if r_in == d_in else 3.0 * kernel * d_in * r_in * r_out
+    fold_out = 0.0 if r_out == d_out else 3.0 * kernel * r_in * r_out * d_out
+    costs = {
+        "factored": entering + step(middle * kernel, r_in, r_out, middle / kernel) + leaving,
+        "input_folded": fold_in + step(middle * kernel, d_in, r_out, middle / kernel) + leaving,
+        "output_folded": entering + fold_out + step(middle * kernel, r_in, d_out, middle / kernel),
+    }
+    if prod(shape) <= x.numel():
+        build = fold_in + 3.0 * kernel * d_in * r_out * d_out
+        operate = middle * kernel * d_in * d_out
+        costs["dense"] = build + (operate if fused else step(middle * kernel, d_in, d_out, middle / kernel))
+    return min(costs, key=costs.__getitem__)
+
+
+# What writing one activation costs, in multiply-adds: small channel counts are bound by memory, not by arithmetic.
+_TRAFFIC = 32.0
+
+
+def _pointwise(x: Tensor, matrix: Tensor, spatial: int) -> Tensor:
+    """A 1 x … x 1 convolution: `matrix` `(out, in)` applied to the channels at every position."""
+    return _CONV[spatial](x, matrix.reshape(*matrix.shape, *(1,) * spatial))

@@ -1,0 +1,89 @@
+"""How core and factors start.
+
+Every start but `False` makes the update exactly zero. They differ in what is zero and in how large the rest is, which
+sets the size of the first steps (Adam moves every entry that has a gradient by about the learning rate lr):
+
+    released      core 0; factor n: normal of std √(1/2)/√r_n (kaiming_normal with a = √3 on a (d, r) matrix), as in
+                  the code released with the paper. Only the core has a gradient at first.
+    variance      core 0; factor n: normal of std 1/√r_n, for which an entry of dW moves by about lr whatever the order
+                  and the rank. The *spectral norm* of that first step grows like lr · √(Π d_n), as in full
+                  fine-tuning, so a rate that suits LoRA is too high on wide layers.
+    zero_output   output factor 0; the other factors and the core's output unfolding orthonormal. On a linear layer the
+                  first step has spectral norm ≈ lr · √(d_out r_out), LoRA's own (up to the norm of LoRA's A, about 0.6,
+                  and its alpha / r), so LoRA's learning rates carry over at every width. Where the output mode is kept
+                  whole, there is no output factor and the core is zero instead.
+
+The rows of an embedding's input factor are looked up one at a time, so they, not its columns, are given the size that a
+linear layer's `Uᵀx` has for an `x` of unit variance: orthonormal columns times `√num`.
+
+What starts zero must receive a gradient from what does not: each function leaves exactly one zero among the tensors
+that multiply. Starts that need data (bases from gradients) will come as functions beside these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from florapeft.tucker import Tucker
+
+DEFAULT_START = "zero_output"
+
+
+@torch.no_grad()
+def initialize(tucker: Tucker, start: bool | str, *, input_mode: int, output_mode: int, lookup: bool) -> None:
+    """Fill core and factors in place. Tensors on the meta device are left alone.
+
+    Args:
+        tucker: the adapter's tensors.
+        start: `FloraConfig.init_weights`.
+        input_mode: the weight's input mode.
+        output_mode: the weight's output mode.
+        lookup: whether the input factor is looked up row by row (an embedding).
+    """
+    if tucker.core.is_meta:
+        return
+    if start is True:
+        start = DEFAULT_START
+    if start in ("released", "variance"):
+        gain = math.sqrt(0.5) if start == "released" else 1.0
+        for factor in tucker.factors:
+            if factor is not None:
+                factor.normal_(std=gain / math.sqrt(factor.shape[1]))
+        tucker.core.zero_()
+        return
+
+    for mode, factor in enumerate(tucker.factors):
+        if factor is not None:
+            _orthonormal_(factor)
+            if lookup and mode == input_mode:
+                factor.mul_(math.sqrt(factor.shape[0]))
+    if start is False:
+        # Small next to a pretrained weight, yet visible: each output moves by about _RANDOM_SIZE · |Uᵀx|.
+        tucker.core.normal_(std=_RANDOM_SIZE / math.sqrt(tucker.core.numel() / tucker.core.shape[output_mode]))
+        return
+    output_factor = tucker.factors[output_mode]
+    if output_factor is None:
+        tucker.core.zero_()
+    else:
+        _orthonormal_(tucker.core.movedim(output_mode, 0))
+        output_factor.zero_()
+
+
+_RANDOM_SIZE = 0.3
+
+
+def _orthonormal_(tensor: Tensor) -> None:
+    """Fill so that the first axis' unfolding has orthonormal columns, or rows where it is wide; a view is written through.
+
+    Computed in float32, for there is no QR in half precision.
+    """
+    filled = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+    if tensor.ndim == 1:
+        filled.normal_()
+        filled /= filled.norm()
+    else:
+        nn.init.orthogonal_(filled)
+    tensor.copy_(filled)

@@ -1,0 +1,202 @@
+"""FloraModel: FLoRA as a PEFT tuner."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from florapeft.config import FloraConfig
+from florapeft.contract import ROUTES
+from florapeft.layer import FloraLayer
+from florapeft.rank import cap_rank
+from florapeft.targets import describe, describe_caps, find_targets, resolve_ranks, solve_budget, why_not
+
+logger = logging.getLogger("florapeft")
+
+_ADAPTER_KEY = re.compile(r"\.flora_(core|factors)\.")
+
+
+class FloraModel(BaseTuner):
+    """A model with FLoRA adapters; made by `peft.get_peft_model` and `PeftModel.from_pretrained`.
+
+    Args:
+        model: the model to adapt; changed in place.
+        peft_config: its `FloraConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled from a checkpoint.
+    """
+
+    prefix = "flora_"
+    tuner_layer_cls = FloraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def set_route(self, route: str) -> None:
+        """Force the route of every adapted layer, or leave the choice to each with "auto".
+
+        Raises:
+            ValueError: an unknown route; nothing is changed.
+        """
+        if route not in ("auto", *ROUTES):
+            raise ValueError(f"route must be 'auto' or one of {list(ROUTES)}, got {route!r}")
+        for module in self.model.modules():
+            if isinstance(module, FloraLayer):
+                module.route = route
+
+    def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
+        if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
+            raise ValueError(
+                f"Please specify `target_modules`: it is None, and PEFT has no default for models of type "
+                f"{model_config['model_type']!r}. target_modules='all-weights' adapts every supported layer"
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
+        """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
+        targets = find_targets(model, peft_config)
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-weights":
+            peft_config.target_modules = {target.name for target in targets}
+        if peft_config.budget is not None and peft_config.ranks is None:
+            peft_config.ranks = solve_budget(model, targets, peft_config)
+        caps = describe_caps(targets, resolve_ranks(targets, peft_config))
+        if caps:
+            logger.warning(caps)
+        unmatched = set(peft_config.scale_pattern) - {
+            get_pattern_key(peft_config.scale_pattern.keys(), target.name) for target in targets
+        }
+        if unmatched:
+            warnings.warn(
+                f"The following scale_pattern keys did not match any targeted module and were ignored: "
+                f"{sorted(unmatched)}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: FloraConfig, key: str) -> Any:
+        match = check_target_module_exists(peft_config, key)
+        if match and peft_config.ranks is not None:
+            return key in peft_config.ranks
+        return match
+
+    def _create_and_replace(
+        self,
+        peft_config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        reason = why_not(current_key, base, self.model)
+        if reason:  # only when PEFT takes the names from a state dict, past `_prepare_model`
+            raise ValueError(f"FLoRA cannot adapt {current_key}: {reason}")
+        described = describe(current_key, base)
+        rank = cap_rank(resolve_ranks([described], peft_config)[current_key], described.shape)
+        scale_key = get_pattern_key(peft_config.scale_pattern.keys(), current_key)
+        scale = peft_config.scale_pattern.get(scale_key, peft_config.scale)
+        if isinstance(target, FloraLayer):
+            target.update_layer(adapter_name, rank, peft_config, scale)
+            return
+        layer = described.layer(target, adapter_name, rank, peft_config, scale)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; with `safe_merge`, every layer is checked before the first one is merged."""
+        self._check_merges(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._check_merges(merge and safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        if safe_merge:
+            for module in self.model.modules():
+                if isinstance(module, FloraLayer):
+                    module.check_merge(adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops `adapter_names` silently where this method is missing.
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError("FLoRA does not support `adapter_names` (one adapter per sample of a batch) yet")
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`….flora_factors.<adapter>.<mode>.weight` → `….flora_factors.<mode>.weight`, and the core's key likewise."""
+        start, marker, name = key.rpartition(f".flora_factors.{adapter_name}.")
+        if not marker:
+            start, marker, name = key.rpartition(f".flora_core.{adapter_name}.")
+        return f"{start}{marker.removesuffix(f'{adapter_name}.')}{name}" if marker else key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: FloraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, after checking names, shapes, dtypes and finiteness; nothing has been copied yet.
+
+        Raises:
+            ValueError: the checkpoint does not fit the model, or is broken; the message says where.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{name}.{key}": value
+            for name, module in model.named_modules()
+            if isinstance(module, FloraLayer)
+            for attribute in module.adapter_layer_names
+            if adapter_name in getattr(module, attribute)
+            for key, value in module.state_dict().items()
+            if key.startswith(f"{attribute}.{adapter_name}.")
+        }
+        check_state_dict(remapped, expected, adapter_name)
+        return remapped
+
+
+def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adapter_name: str) -> None:
+    """Check an adapter's tensors against the ones they are to be loaded into.
+
+    Args:
+        given: tensors by key; keys that are not an adapter's (a new head's, say) are not looked at.
+        expected: the model's own tensors of this adapter, by key; only their shapes matter.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape, not floating point, or not finite.
+    """
+
+    def fail(problem: str, keys: list[str]) -> None:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise ValueError(f"adapter {adapter_name!r} does not fit this model: {problem.format(key=keys[0])}{more}")
+
+    own = {key: value for key, value in given.items() if _ADAPTER_KEY.search(key)}
+    if missing := sorted(expected.keys() - own.keys()):
+        fail("the checkpoint lacks {key}", missing)
+    if extra := sorted(own.keys() - expected.keys()):
+        fail("the checkpoint has {key}, for which the model has no place", extra)
+    if wrong := [key for key in own if own[key].shape != expected[key].shape]:
+        shapes = f"{tuple(own[wrong[0]].shape)} in the checkpoint and {tuple(expected[wrong[0]].shape)} in the model"
+        fail(f"{{key}} has shape {shapes}; is it for another base model?", wrong)
+    if integer := [key for key, value in own.items() if not value.is_floating_point()]:
+        fail(f"{{key}} has dtype {own[integer[0]].dtype}, which is not floating point", integer)
+    if broken := [key for key, value in own.items() if not value.is_meta and not torch.isfinite(value).all()]:
+        fail("{key} has values that are not finite", broken)

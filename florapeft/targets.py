@@ -1,0 +1,283 @@
+"""Which modules of a model are adapted, at which ranks; which are not, and why."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from florapeft.config import ALL_WEIGHTS, FloraConfig
+from florapeft.layer import SUPPORTED_KINDS, Embedding, FloraLayer, adapted_kind
+from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
+
+# Names that transformers' classes for tasks give their heads, at the top of the model.
+_HEAD_NAMES = (
+    "classifier",
+    "cls_classifier",
+    "distillation_classifier",
+    "classification_head",
+    "score",
+    "qa_outputs",
+    "head",
+)
+# Mamba's fused kernels read the weights of these layers and never call them (peft#2556).
+_MAMBA_MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_MAMBA_BYPASSED = ("conv1d", "out_proj")
+
+
+class Target(NamedTuple):
+    """A module to adapt: its full name, the class that adapts it, its weight's shape and channel modes."""
+
+    name: str
+    layer: type[FloraLayer]
+    shape: tuple[int, ...]
+    channel_modes: tuple[int, int]
+
+
+def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
+    """The modules that `config` selects in `model`, in the model's order. Changes nothing.
+
+    Raises:
+        ValueError: nothing matches (the closest names are suggested), or a module matches that cannot be adapted (its
+            reason is given); with the shorthands "all-weights" and "all-linear" such modules are left out instead.
+    """
+    modules = dict(candidates(model))
+    names = _select(model, config, modules)
+    refused = {name: reason for name in names if (reason := why_not(name, modules[name], model))}
+    if _is_shorthand(config.target_modules):
+        names = [name for name in names if name not in refused]
+    elif refused:
+        raise ValueError(
+            f"target_modules={_shown(config.target_modules)} matches {_count(refused, 'module')} that FLoRA cannot "
+            f"adapt: {_listed(f'{name} ({reason})' for name, reason in refused.items())}. "
+            f"Supported kinds: {', '.join(SUPPORTED_KINDS)}"
+        )
+    if config.ranks is not None:
+        _check_names(config.ranks, names)
+        names = [name for name in names if name in config.ranks]
+    return [describe(name, modules[name]) for name in names]
+
+
+def describe(name: str, module: nn.Module) -> Target:
+    """The `Target` of a supported module."""
+    _, layer = adapted_kind(module)
+    return Target(name, layer, tuple(module.weight.shape), layer.modes_of(module))
+
+
+def resolve_ranks(targets: Iterable[Target], config: FloraConfig) -> dict[str, tuple[int, ...]]:
+    """The rank of every target as configured, before capping: `ranks`, else `rank_pattern`, else `r`.
+
+    Raises:
+        ValueError: a list of ranks does not have one entry per mode of a target.
+    """
+    resolved = {}
+    for name, _, shape, channel_modes in targets:
+        if config.ranks is not None:
+            r = config.ranks[name]
+        else:
+            key = get_pattern_key(config.rank_pattern.keys(), name)
+            r = config.rank_pattern.get(key, config.r)
+        resolved[name] = resolve_rank(shape, r, config.kernel_r, channel_modes, name)
+    return resolved
+
+
+def solve_budget(model: nn.Module, targets: list[Target], config: FloraConfig) -> dict[str, list[int]]:
+    """Ranks for every target, spending `config.budget` as `config.allocation` says.
+
+    Raises:
+        ValueError: the budget does not suffice for rank 1.
+    """
+    budget = config.budget
+    if isinstance(budget, float):
+        budget = int(budget * count_base_parameters(model))
+    ranks = spend_uniformly(
+        {t.name: t.shape for t in targets}, {t.name: t.channel_modes for t in targets}, budget, config.kernel_r
+    )
+    return {name: list(rank) for name, rank in ranks.items()}
+
+
+def describe_caps(targets: Iterable[Target], ranks: dict[str, tuple[int, ...]]) -> str | None:
+    """One sentence on the ranks that exceed their mode's size, or None."""
+    capped = [
+        f"{t.name} mode {mode}: {r} -> {d}"
+        for t in targets
+        for mode, (r, d) in enumerate(zip(ranks[t.name], cap_rank(ranks[t.name], t.shape), strict=True))
+        if r > d
+    ]
+    return f"Ranks above a mode's size are capped: {_listed(capped)}" if capped else None
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that could be a target, by full name; a tuner layer stands for the layer that it wraps.
+
+    The insides of tuner layers and of `modules_to_save` wrappers are not the model's own.
+    """
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (f"{name}.",)
+        if isinstance(module, BaseTunerLayer):
+            yield name, module.get_base_layer()
+        elif not isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Why FLoRA cannot adapt this module, or None if it can."""
+    found = adapted_kind(module)
+    if found is None:
+        return f"a {type(module).__name__} is not a supported kind"
+    if resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None) is not None:
+        return "its weight is quantised"
+    kind, layer = found
+    parent_name, _, own_name = name.rpartition(".")
+    if isinstance(model.get_submodule(parent_name), nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if _model_type(model) in _MAMBA_MODEL_TYPES and own_name in _MAMBA_BYPASSED:
+        return "Mamba's fused kernels read its weight and never call it"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (a parametrization)"
+    if is_lazy(module.weight):
+        return "its weight is not initialised yet: run the model once before"
+    if layer is Embedding and module.max_norm is not None:
+        return "max_norm rewrites the base weight in forward"
+    scaled = layer is Embedding and hasattr(module, "embed_scale")
+    if type(module).forward is not kind.forward and not scaled:
+        return f"its class {type(module).__name__} has a forward of its own"
+    return None
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Parameters of the model without its adapters; tied ones count once."""
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for attribute in module.adapter_layer_names
+        for parameter in getattr(module, attribute).parameters()
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+
+
+def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the modules that `target_modules` and `exclude_modules` select."""
+    if _is_shorthand(config.target_modules, ALL_WEIGHTS):
+        heads = _heads(model)
+        chosen = {
+            name
+            for name, module in modules.items()
+            if adapted_kind(module) is not None and not any(name == h or name.startswith(f"{h}.") for h in heads)
+        }
+    elif _is_shorthand(config.target_modules):
+        chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
+    else:
+        chosen = None
+    if chosen is not None:
+        config = replace(config, target_modules=chosen)
+    matches = {name: check_target_module_exists(config, name) for name in modules}
+    selected = [name for name, match in matches.items() if match]
+    excluded = any(isinstance(match, _ExcludedModule) for match in matches.values())
+    dummy = config.target_modules == DUMMY_TARGET_MODULES
+    if not selected and not excluded and not dummy:
+        raise ValueError(_nothing_matches(config, modules))
+    return selected
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Names of the modules that "all-weights" leaves to the user: output embedding, embeddings tied to it, and heads.
+
+    On a model that is not transformers' nothing is taken for a head.
+    """
+    if not hasattr(model, "get_output_embeddings"):
+        return []
+    try:
+        output, tied = model.get_output_embeddings(), model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # models without embeddings
+        output = tied = None
+    weights = [m.weight for m in (output,) if m is not None and hasattr(m, "weight")]
+    heads = [
+        name
+        for name, module in candidates(model)
+        if module is output or (tied is not None and any(getattr(module, "weight", None) is w for w in weights))
+    ]
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    if backbone is not model:
+        heads += [name for name in _HEAD_NAMES if getattr(model, name, None) is not None]
+    return heads
+
+
+def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:
+    missing = [name for name in ranks if name not in names]
+    if missing:
+        hint = _closest(missing[0], names)
+        raise ValueError(
+            f"ranks names {_count(missing, 'module')} that this model does not have, or that target_modules does not "
+            f"select: {_listed(missing)}{hint}"
+        )
+
+
+def _nothing_matches(config: FloraConfig, modules: dict[str, nn.Module]) -> str:
+    kinds = sorted({type(m).__name__ for m in modules.values() if not next(m.children(), None)})
+    if not any(adapted_kind(m) for m in modules.values()):
+        return (
+            f"Target modules {_shown(config.target_modules)} not found in the base model: it has no layer that FLoRA "
+            f"adapts. It has: {', '.join(kinds)}. Supported kinds: {', '.join(SUPPORTED_KINDS)}"
+        )
+    asked = config.target_modules
+    hints = "".join(
+        _closest(name, modules) for name in ([asked] if isinstance(asked, str) else sorted(asked or ()))[:1]
+    )
+    restriction = (
+        f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    )
+    return f"Target modules {_shown(asked)} not found in the base model{restriction}{hints}"
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    """`. Did you mean …?`, or nothing."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if not close:
+        close = difflib.get_close_matches(
+            name.rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names}), n=3, cutoff=0.5
+        )
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _is_shorthand(target_modules: object, *shorthands: str) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() in (
+        shorthands or (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
+    )
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _shown(target_modules: object) -> object:
+    return sorted(target_modules) if isinstance(target_modules, (set, list, tuple)) else repr(target_modules)
+
+
+def _count(items: Iterable[object], noun: str) -> str:
+    count = len(list(items))
+    return f"{count} {noun}" + ("s" if count > 1 else "")
+
+
+def _listed(items: Iterable[str], most: int = 3) -> str:
+    items = list(items)
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
