@@ -1,0 +1,49 @@
+"""What every result file says about where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("florapeft", "torch", "peft", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, and the commit that was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write `record` as JSON; a killed run leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record at `path` to go on with, or a new one that says where it comes from."""
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"environment": environment()}

