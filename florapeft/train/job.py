@@ -1,0 +1,230 @@
+"""A fine-tuning job as a YAML file says it: read, overridden, checked; nothing is loaded or trained here."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TASKS = ("image-classification", "text-classification", "causal-lm")
+ROLES = ("train", "validation", "test")
+COLUMNS = {
+    "image-classification": {"image": "image", "label": "label"},
+    "text-classification": {"text": "text", "label": "label"},
+    "causal-lm": {"text": "text"},
+}
+OPTIONAL_COLUMNS = {"text-classification": ("text_pair",), "causal-lm": ("prompt",)}
+
+# What the Trainer would otherwise take from its own defaults, chosen for adapters (docs/training.md says why).
+TRAIN_DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_strategy": "epoch", "disable_tqdm": True}
+# Fields of TrainingArguments that this code sets, with where to say it instead.
+TRAIN_RESERVED = {
+    "output_dir": "use the job's own `output`",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "columns are chosen by `data.columns`",
+    "label_names": "columns are chosen by `data.columns`",
+}
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `words`, else the empty string."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+@dataclasses.dataclass
+class DataSpec:
+    """Where the examples are and what their parts are called; every field is explained in docs/training.md."""
+
+    path: str | dict[str, str]
+    subset: str | None = None
+    splits: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    holdout: float | None = None
+    max_length: int = 512
+
+
+@dataclasses.dataclass
+class Job:
+    """One fine-tuning job. `adapter` holds FloraConfig fields, `train` TrainingArguments fields."""
+
+    task: str
+    model: str
+    data: DataSpec
+    output: str
+    adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    labels: list[str] | None = None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load with two repairs: `1e-3` is a number (YAML 1.2), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise ValueError(f"line {key_node.start_mark.line + 1}: key '{key_node.value}' is given twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """`yaml.safe_load` of `text`; errors are one line that starts with `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{where}: not valid YAML at line {line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def split_override(override: str) -> tuple[list[str], Any]:
+    """`"train.learning_rate=1e-3"` → `(["train", "learning_rate"], 0.001)`; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip("."):
+        raise ValueError(f"override '{override}' is not of the form key=value")
+    return key.split("."), parse_yaml(value, f"override '{override}'")
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets dotted keys in nested mappings, in place; later overrides win. Returns `mapping`."""
+    for override in overrides:
+        keys, value = split_override(override)
+        place = mapping
+        for key in keys[:-1]:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict):
+                raise ValueError(f"override '{override}': '{key}' holds a value, not a group of keys")
+        place[keys[-1]] = value
+    return mapping
+
+
+def load_job(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job file and applies `key=value` overrides.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key or value does not fit; the message names the file, the key and what is possible.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"job file not found: {path}")
+    mapping = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path}: needs keys such as task, model, data, output; it holds {_kind(mapping)}")
+    return parse_job(apply_overrides(mapping, overrides), str(path))
+
+
+def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
+    """Checks a mapping as read from YAML and makes a `Job` of it, with the defaults filled in."""
+    values = _fields(Job, mapping, where)
+    task = values["task"]
+    if task not in TASKS:
+        raise ValueError(f"{where}: unknown task '{task}'{closest(str(task), TASKS)} (known: {', '.join(TASKS)})")
+    for key in ("model", "output"):
+        if not isinstance(values[key], str) or not values[key]:
+            raise ValueError(f"{where}: {key} must be a text, got {_kind(values[key])}")
+    data = {"path": values["data"]} if isinstance(values["data"], str) else values["data"]
+    values["data"] = _data_spec(data, task, f"{where}: data")
+    for key in ("adapter", "train"):
+        values[key] = dict(_group(values.get(key) or {}, f"{where}: {key}"))
+    if values.get("labels") is not None:
+        values["labels"] = [str(label) for label in values["labels"]]
+    values["train"] = {**TRAIN_DEFAULTS, **values["train"]}
+    check_train_fields(values["train"], f"{where}: train")
+    check_adapter_fields(values["adapter"], f"{where}: adapter")
+    if Path(values["model"]).is_dir():
+        values["model"] = str(Path(values["model"]).resolve())
+    return Job(**values)
+
+
+def check_train_fields(train: Mapping[str, Any], where: str) -> None:
+    """Unknown, reserved and mistyped TrainingArguments fields are errors."""
+    from transformers import TrainingArguments
+
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    for key, value in train.items():
+        if key in TRAIN_RESERVED:
+            raise ValueError(f"{where}: '{key}' cannot be set here: {TRAIN_RESERVED[key]}")
+        if key not in fields:
+            raise ValueError(f"{where}: TrainingArguments has no field '{key}'{closest(key, fields)}")
+        expected = fields[key].type
+        accepts = {int: int, float: (int, float), bool: bool}.get(expected)
+        if accepts and (not isinstance(value, accepts) or (isinstance(value, bool) and expected is not bool)):
+            raise ValueError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")
+
+
+def check_adapter_fields(adapter: Mapping[str, Any], where: str) -> None:
+    """Unknown FloraConfig fields are errors; values are FloraConfig's own business."""
+    from florapeft import FloraConfig
+
+    fields = {field.name for field in dataclasses.fields(FloraConfig) if field.init}
+    for key in adapter:
+        if key in ("task_type", "inference_mode", "peft_type"):
+            raise ValueError(f"{where}: '{key}' cannot be set here: it follows from the job")
+        if key not in fields:
+            raise ValueError(f"{where}: FloraConfig has no field '{key}'{closest(key, fields)}")
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _data_spec(mapping: Any, task: str, where: str) -> DataSpec:
+    values = _fields(DataSpec, mapping, where)
+    if not isinstance(values["path"], (str, dict)) or not values["path"]:
+        raise ValueError(f"{where}: path must be a text or one file per split, got {_kind(values['path'])}")
+    for key, known in (("splits", ROLES), ("columns", (*COLUMNS[task], *OPTIONAL_COLUMNS.get(task, ())))):
+        values[key] = dict(_group(values.get(key) or {}, f"{where}.{key}"))
+        for name in values[key]:
+            if name not in known:
+                raise ValueError(f"{where}.{key}: unknown key '{name}'{closest(str(name), known)}")
+    values["columns"] = {**COLUMNS[task], **values["columns"]}
+    holdout = values.get("holdout")
+    if holdout is not None and not (isinstance(holdout, float) and 0 < holdout < 1):
+        raise ValueError(f"{where}: holdout must be a share between 0 and 1, got {holdout!r}")
+    length = values.get("max_length", 512)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"{where}: max_length must be a positive whole number, got {length!r}")
+    return DataSpec(**values)
+
+
+def _fields(cls: type, mapping: Any, where: str) -> dict[str, Any]:
+    """A copy of `mapping`, whose keys must be fields of the dataclass `cls`, the required ones present."""
+    values = dict(_group(mapping, where))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key '{key}'{closest(str(key), fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and values.get(name) is None:
+            raise ValueError(f"{where}: '{name}' is missing")
+    return values
+
+
+def _group(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a group of keys, got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r}"

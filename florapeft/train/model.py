@@ -1,0 +1,159 @@
+"""The network of a job: base model, its head, what turns examples into inputs, and the adapter attached."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from florapeft import FloraConfig
+from florapeft.train.data import LABEL_ID
+from florapeft.train.job import Job
+
+_AUTO_CLASS = {
+    "image-classification": transformers.AutoModelForImageClassification,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+}
+_TASK_TYPE = {"image-classification": None, "text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_HEAD_NAMES = ("classifier", "score", "head", "fc", "cls_classifier", "distillation_classifier")
+IGNORED = -100  # a label that transformers' losses leave out
+
+
+def load_base(task: str, model: str, labels: list[str] | None) -> transformers.PreTrainedModel:
+    """The base model from a hub id or a local folder, safetensors only, with a head for `labels`.
+
+    A head of another size than the checkpoint's starts anew, at random; set the seed before.
+
+    Raises:
+        OSError, ValueError: not found, no safetensors, or not a model for `task`.
+    """
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise FileNotFoundError(f"model folder not found: {model}")
+    arguments: dict[str, Any] = {"use_safetensors": True}
+    if labels is not None:
+        arguments["id2label"] = dict(enumerate(labels))
+        arguments["label2id"] = {label: index for index, label in enumerate(labels)}
+        arguments["ignore_mismatched_sizes"] = True
+    return _AUTO_CLASS[task].from_pretrained(str(Path(model).expanduser()), **arguments)
+
+
+def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
+    """Attaches FLoRA with the job's `adapter` fields; a classifier's head is trained in full and saved along."""
+    fields = {"target_modules": "all-weights", **job.adapter}
+    if job.task == "image-classification":  # PEFT knows the heads of the other tasks by their task type
+        fields.setdefault("modules_to_save", find_heads(base))
+    return peft.get_peft_model(base, FloraConfig(task_type=_TASK_TYPE[job.task], **fields))
+
+
+def find_heads(model: nn.Module) -> list[str]:
+    """Names of a transformers image classifier's heads: its own children of a usual name, or timm's classifier.
+
+    Raises:
+        ValueError: none found; says how to name it.
+    """
+    names = [name for name, _ in model.named_children() if name in _HEAD_NAMES]
+    if names:
+        return names
+    get_classifier = getattr(getattr(model, "timm_model", None), "get_classifier", None)
+    if get_classifier is not None:
+        head = get_classifier()
+        names = [name for name, module in model.named_modules() if module is head]
+        if names:
+            return names
+    raise ValueError(
+        f"no classifier head found among {', '.join(name for name, _ in model.named_children())} of "
+        f"{type(model).__name__}; name it with adapter.modules_to_save=[…]"
+    )
+
+
+def load_collator(job: Job, base: transformers.PreTrainedModel) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """What makes a batch of model inputs from rows of data, for the job's task and base model."""
+    model, columns = str(Path(job.model).expanduser()), job.data.columns
+    if job.task == "image-classification":
+        with _muted("transformers.utils.import_utils"):
+            encode = transformers.AutoImageProcessor.from_pretrained(model)
+        mode = "L" if getattr(base.config, "num_channels", 3) == 1 else "RGB"
+        return ImageCollator(encode, columns["image"], mode)
+    encode = transformers.AutoTokenizer.from_pretrained(model)
+    if encode.pad_token_id is None:
+        if encode.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of model '{job.model}' has neither a padding nor an end token; it needs one"
+            )
+        encode.pad_token = encode.eos_token
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = encode.pad_token_id  # sequence classifiers find the last real token by it
+    limits = (job.data.max_length, encode.model_max_length, getattr(base.config, "max_position_embeddings", None))
+    length = min(limit for limit in limits if limit)
+    if job.task == "text-classification":
+        return TextCollator(encode, columns["text"], columns.get("text_pair"), length)
+    return CausalCollator(encode, columns["text"], columns.get("prompt"), length)
+
+
+class ImageCollator:
+    """PIL images → `pixel_values` by the model's own image processor, with and without torchvision."""
+
+    def __init__(self, encode: Any, column: str, mode: str) -> None:
+        self.encode, self.column, self.mode = encode, column, mode
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [row[self.column].convert(self.mode) for row in rows]
+        batch = self.encode(images, return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"], "labels": torch.tensor([row[LABEL_ID] for row in rows])}
+
+
+class TextCollator:
+    """Texts, or pairs of texts, → token ids padded to the longest of the batch."""
+
+    def __init__(self, encode: Any, text: str, pair: str | None, max_length: int) -> None:
+        self.encode, self.text, self.pair, self.max_length = encode, text, pair, max_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        texts = [row[self.text] for row in rows]
+        pairs = [row[self.pair] for row in rows] if self.pair else None
+        batch = self.encode(
+            texts, pairs, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+        )
+        return {**batch, "labels": torch.tensor([row[LABEL_ID] for row in rows])}
+
+
+class CausalCollator:
+    """Texts with an end token → token ids and labels; a prompt before the text is read but not learned."""
+
+    def __init__(self, encode: Any, text: str, prompt: str | None, max_length: int) -> None:
+        self.encode, self.text, self.prompt, self.max_length = encode, text, prompt, max_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids, labels = zip(*(self._example(row) for row in rows), strict=True)
+        width = max(len(row) for row in ids)
+        pad = self.encode.pad_token_id
+        return {
+            "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+            "labels": torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels]),
+        }
+
+    def _example(self, row: dict) -> tuple[list[int], list[int]]:
+        prompt = self.encode(row[self.prompt])["input_ids"] if self.prompt else []
+        text = self.encode(row[self.text], add_special_tokens=not prompt)["input_ids"]
+        end = [] if self.encode.eos_token_id is None else [self.encode.eos_token_id]
+        ids = (prompt + text + end)[: self.max_length]
+        return ids, ([IGNORED] * len(prompt) + text + end)[: self.max_length]
+
+
+@contextmanager
+def _muted(name: str) -> Iterator[None]:
+    """Mutes one logger: the PIL image processors announce at each start that torchvision is not installed."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

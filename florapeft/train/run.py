@@ -1,0 +1,218 @@
+"""Runs a job: base model and adapter, transformers' Trainer, then the adapter alone to disk."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+import yaml
+from transformers.integrations import TensorBoardCallback
+
+from florapeft.train.data import Examples, load_examples, with_images
+from florapeft.train.job import Job, parse_job
+from florapeft.train.model import attach, load_base, load_collator
+from florapeft.train.record import versions
+from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, last_checkpoint, prepare_output, write_json
+
+Say = Callable[[str], None]
+
+
+def run_job(
+    job: Job,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda text: None,
+    callbacks: Iterable[transformers.TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Fine-tunes and saves; `<output>/adapter` is a PEFT folder, `<output>/results.json` what is returned.
+
+    Runs as it is under `torchrun` or `accelerate launch`; only the first process writes.
+
+    Args:
+        job: what to do.
+        resume: go on from the last complete checkpoint in `<output>/checkpoints`, or from the start if there is none.
+        overwrite: an earlier run in `<output>` is renamed instead of being an error.
+        say: called with a line at each stage.
+        callbacks: further Trainer callbacks, such as a progress display.
+
+    Raises:
+        ValueError, OSError: the job, its data or its output do not fit; one line each.
+    """
+    output = Path(job.output)
+    arguments = training_arguments(job)
+    checkpoint = None
+    if arguments.process_index == 0:
+        note = prepare_output(output, resume=resume, overwrite=overwrite)
+        if note:
+            say(note)
+    if resume:
+        check_same_job(job, output)
+        checkpoint = last_checkpoint(output / "checkpoints")
+        say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint yet: starting over")
+    say("loading the data")
+    examples = load_examples(job, ("train", "validation"), ("train",))
+    job.labels = examples.labels
+    if arguments.process_index == 0:
+        atomic_write(output / JOB_FILE, job.to_yaml())
+    say(f"loading the model {job.model}")
+    transformers.set_seed(arguments.seed)
+    base = load_base(job.task, job.model, examples.labels)
+    collator = load_collator(job, base)
+    model = attach(job, base)
+    trainer = make_trainer(job, model, collator, examples, arguments, callbacks)
+    say(f"training on {len(examples.splits['train'])} examples")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    check_finite(model, output)
+    metrics = evaluate(trainer) if "validation" in examples.splits else {}
+    save_adapter(trainer, job, output / "adapter")
+    record = describe(job, model, examples, trainer, metrics, checkpoint) | {"seconds": seconds}
+    if arguments.process_index == 0:
+        write_json(output / "results.json", record)
+    return record
+
+
+def training_arguments(job: Job) -> transformers.TrainingArguments:
+    """TrainingArguments from the job's `train` fields, with its folders and what the collators need."""
+    try:
+        return transformers.TrainingArguments(
+            output_dir=str(Path(job.output) / "checkpoints"),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **job.train,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"train: {' '.join(str(error).split())}") from error
+
+
+def check_same_job(job: Job, output: Path) -> None:
+    """A run is resumed with the model, data and adapter that it began with; `train` may differ."""
+    began = parse_job(yaml.safe_load((output / JOB_FILE).read_text(encoding="utf-8")), str(output / JOB_FILE))
+    for key in ("task", "model", "data", "adapter"):
+        if getattr(began, key) != getattr(job, key):
+            raise ValueError(
+                f"cannot resume {output}: it began with {key} = {getattr(began, key)}, now {key} = {getattr(job, key)}"
+            )
+
+
+def make_trainer(
+    job: Job,
+    model: peft.PeftModel,
+    collator: Callable,
+    examples: Examples,
+    arguments: transformers.TrainingArguments,
+    callbacks: Iterable[transformers.TrainerCallback],
+) -> transformers.Trainer:
+    """A Trainer for the job; TensorBoard files go to `<output>/logs` unless the job names other reports."""
+    rows = dict(examples.splits)
+    if job.task == "image-classification":
+        rows = {role: with_images(job, split) for role, split in rows.items()}
+    if "validation" in rows and "eval_strategy" not in job.train:
+        arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
+    callbacks = list(callbacks)
+    if "report_to" not in job.train:
+        board = TensorBoardCallback()
+        board.logging_dir = str(Path(job.output) / "logs")
+        callbacks.append(board)
+    is_classifier = job.task != "causal-lm"
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("validation"),
+        compute_metrics=_accuracy if is_classifier else None,
+        preprocess_logits_for_metrics=_predicted_class if is_classifier else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # would print a dict for every logged step
+    return trainer
+
+
+def evaluate(trainer: transformers.Trainer, rows: Any = None) -> dict[str, float]:
+    """Loss, and accuracy or perplexity, on `rows` (by default the validation split)."""
+    raw = trainer.evaluate(rows)
+    metrics = {"loss": raw["eval_loss"]}
+    if "eval_accuracy" in raw:
+        metrics["accuracy"] = raw["eval_accuracy"]
+    else:
+        metrics["perplexity"] = math.exp(raw["eval_loss"]) if raw["eval_loss"] < 700 else math.inf
+    return metrics
+
+
+def save_adapter(trainer: transformers.Trainer, job: Job, path: Path) -> None:
+    """Writes the adapter folder as a whole or not at all; called by every process, written by the first."""
+    partial = path.with_name(f".{path.name}.partial")
+    if trainer.args.process_index == 0:
+        with atomic_folder(path, replace=True) as folder:
+            trainer.accelerator.wait_for_everyone()
+            trainer.save_model(str(folder))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; job.yaml says the same
+            (folder / JOB_FILE).write_text(job.to_yaml(), encoding="utf-8")
+    else:
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(partial))  # sharded models gather their tensors from every process
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_finite(model: torch.nn.Module, output: Path) -> None:
+    """An adapter that diverged is not saved: nothing could load it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"training diverged: {name} is not finite, so no adapter was saved; lower train.learning_rate "
+                f"(checkpoints are in {output / 'checkpoints'})"
+            )
+
+
+def describe(
+    job: Job,
+    model: peft.PeftModel,
+    examples: Examples,
+    trainer: transformers.Trainer,
+    metrics: dict[str, float],
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """What a run says of itself, as plain data."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "task": job.task,
+        "model": job.model,
+        "adapter": str(Path(job.output) / "adapter"),
+        "examples": {role: len(rows) for role, rows in examples.splits.items()},
+        "steps": trainer.state.global_step,
+        "train_loss": losses[-1] if losses else None,  # the newest that was logged, also of a resumed run
+        "validation": metrics,
+        "parameters": count_parameters(model),
+        "resumed_from": str(checkpoint) if checkpoint else None,
+        "versions": versions(),
+    }
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Trained parameters, FLoRA's apart from the rest (heads), and those of the base network with its head."""
+    counts = {"adapter": 0, "head": 0, "network": 0}
+    for name, parameter in model.named_parameters():
+        if ".flora_" in name:
+            counts["adapter"] += parameter.numel()
+        elif parameter.requires_grad:
+            counts["head"] += parameter.numel()
+        if ".flora_" not in name and ".modules_to_save." not in name:
+            counts["network"] += parameter.numel()
+    return counts
+
+
+def _predicted_class(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Keeps one number per example instead of all logits, which would fill the memory on large data sets."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
