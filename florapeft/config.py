@@ -99,6 +99,7 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
+        self._validate_kinds()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -107,15 +108,29 @@ class FloraConfig(PeftConfig):
         self._validate_budget()
         self._validate_numbers()
         self._validate_targets()
-        if self.init_weights not in (True, False, *STARTS):
+        if not isinstance(self.init_weights, bool) and self.init_weights not in STARTS:
             raise ValueError(f"init_weights must be True, False or one of {list(STARTS)}, got {self.init_weights!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {list(BIASES)}, got {self.bias!r}")
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"this adapter was saved in format version {self.format_version!r}; this florapeft reads up to "
+                f"this adapter was saved in format version {self.format_version}; this florapeft reads 1 to "
                 f"{FORMAT_VERSION}: upgrade florapeft to load it"
             )
+
+    def _validate_kinds(self) -> None:
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("rank_pattern", "scale_pattern"), (dict,)),
+            "ranks": (dict, type(None)),
+            **dict.fromkeys(("target_modules", "exclude_modules"), (list, tuple, set, str, type(None))),
+            "layers_to_transform": (list, tuple, int, type(None)),
+            "format_version": (int,),
+        }
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise TypeError(f"{name} must be of type {needed}, got {value!r}")
 
     def _validate_ranks(self) -> None:
         validate_rank(self.r, "r")

@@ -138,9 +138,7 @@ class ConvTranspose(NamedTuple):
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`(…, in, *positions) → (…, out, *positions)`."""
         operation = _CONV_TRANSPOSE[len(self.stride)]
-        return operation(
-            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )
+        return operation(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
     def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
         return _pointwise(x, factor.mT, len(self.stride))

@@ -76,9 +76,9 @@ _RANDOM_SIZE = 0.3
 
 
 def _orthonormal_(tensor: Tensor) -> None:
-    """Fill so that the first axis' unfolding has orthonormal columns, or rows where it is wide; a view is written through.
+    """Fill so that the unfolding of the first axis has orthonormal columns, or rows where it is wide.
 
-    Computed in float32, for there is no QR in half precision.
+    Computed in float32, for there is no QR in half precision; a view is written through.
     """
     filled = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
     if tensor.ndim == 1:

@@ -1,11 +1,11 @@
 """The adapted layers: one class that holds adapters and their life cycle, one small class per kind of layer.
 
-                      ┌───────────────── base_layer (frozen W) ─────────────────┐
-        x ────────────┤                                                         (+)──▶ y
-                      └─ dropout ─ U_in ─▶ core · kernel factors ─▶ U_out · s ──┘
+              ┌───────────────── base_layer (frozen W) ─────────────────┐
+x ────────────┤                                                         (+)──▶ y
+              └─ dropout ─ U_in ─▶ core · kernel factors ─▶ U_out · s ──┘
 
-            W: (out, in, kh, kw)         core:      (r_out, r_in, r_kh, r_kw)
-                                         factors:   (out, r_out) (in, r_in) (kh, r_kh) (kw, r_kw), none for a whole mode
+    W: (out, in, kh, kw)         core:      (r_out, r_in, r_kh, r_kw)
+                                 factors:   (out, r_out) (in, r_in) (kh, r_kh) (kw, r_kw), none for a whole mode
 """
 
 from __future__ import annotations
@@ -212,9 +212,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     def _check_finite(weight: Tensor, adapter_name: str) -> None:
         if not torch.isfinite(weight).all():
             # PEFT's own message, which its users know.
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weight again, up to rounding in its dtype."""
@@ -342,7 +340,7 @@ SUPPORTED_KINDS = tuple(kind.__name__ for kind in _KINDS)
 
 
 def adapted_kind(module: nn.Module) -> tuple[type[nn.Module], type[FloraLayer]] | None:
-    """The supported torch class that `module` is an instance of, and the class that adapts it; None if there is none."""
+    """The supported class that `module` is an instance of, and the class that adapts it; None if there is none."""
     for kind, layer in _KINDS.items():
         if isinstance(module, kind):
             return kind, layer

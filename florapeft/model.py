@@ -19,7 +19,16 @@ from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
 from florapeft.layer import FloraLayer
 from florapeft.rank import cap_rank
-from florapeft.targets import describe, describe_caps, find_targets, resolve_ranks, solve_budget, why_not
+from florapeft.targets import (
+    describe,
+    describe_caps,
+    exact_targets,
+    find_targets,
+    is_shorthand,
+    resolve_ranks,
+    solve_budget,
+    why_not,
+)
 
 logger = logging.getLogger("florapeft")
 
@@ -63,8 +72,8 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
-        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-weights":
-            peft_config.target_modules = {target.name for target in targets}
+        if is_shorthand(peft_config.target_modules):
+            peft_config.target_modules = exact_targets(targets, model)
         if peft_config.budget is not None and peft_config.ranks is None:
             peft_config.ranks = solve_budget(model, targets, peft_config)
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))

@@ -67,7 +67,7 @@ def spend_uniformly(
     budget: int,
     kernel_r: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """The same int rank `r` for the channel modes of every weight: the largest whose parameters fit the budget.
+    """The same rank `r` for the channel modes of every weight: the largest whose parameters fit the budget.
 
     Args:
         shapes: the weights to adapt, by name.
@@ -79,31 +79,25 @@ def spend_uniformly(
         One capped rank per weight.
 
     Raises:
-        ValueError: not even `r = 1` fits; the message says what it takes.
+        ValueError: no rank fits; the message says what the cheapest takes.
     """
-
-    def ranks(r: int) -> dict[str, tuple[int, ...]]:
-        return {
+    # The total is not monotone (a mode that becomes whole loses its factor); the cores alone are, and end the search.
+    largest = max(max(shape[mode] for mode in channel_modes[name]) for name, shape in shapes.items())
+    best, least = None, None
+    for r in range(1, largest + 1):
+        ranks = {
             name: cap_rank(resolve_rank(shape, r, kernel_r, channel_modes[name], name), shape)
             for name, shape in shapes.items()
         }
-
-    def total(r: int) -> int:
-        return sum(count_parameters(shapes[name], rank) for name, rank in ranks(r).items())
-
-    if total(1) > budget:
+        if r > 1 and sum(map(prod, ranks.values())) > budget:
+            break
+        total = sum(count_parameters(shapes[name], rank) for name, rank in ranks.items())
+        least = total if least is None else min(least, total)
+        if total <= budget:
+            best = ranks
+    if best is None:
         raise ValueError(
-            f"a budget of {budget} parameters is too small: rank 1 on all {len(shapes)} targets takes {total(1)}; "
+            f"a budget of {budget} parameters is too small: the least that {len(shapes)} targets take is {least}; "
             "raise the budget, target fewer modules, or lower kernel_r"
         )
-    # The total is not monotone (a mode that becomes whole loses its factor); the cores alone are, and end the search.
-    largest = max(max(shape[mode] for mode in channel_modes[name]) for name, shape in shapes.items())
-    best, r = ranks(1), 2
-    while r <= largest:
-        candidate = ranks(r)
-        if sum(prod(rank) for rank in candidate.values()) > budget:
-            break
-        if total(r) <= budget:
-            best = candidate
-        r += 1
     return best

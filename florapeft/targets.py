@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -57,18 +58,30 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     modules = dict(candidates(model))
     names = _select(model, config, modules)
     refused = {name: reason for name in names if (reason := why_not(name, modules[name], model))}
-    if _is_shorthand(config.target_modules):
-        names = [name for name in names if name not in refused]
-    elif refused:
+    adaptable = [name for name in names if name not in refused]
+    if refused and not (is_shorthand(config.target_modules) and adaptable):
         raise ValueError(
             f"target_modules={_shown(config.target_modules)} matches {_count(refused, 'module')} that FLoRA cannot "
             f"adapt: {_listed(f'{name} ({reason})' for name, reason in refused.items())}. "
             f"Supported kinds: {', '.join(SUPPORTED_KINDS)}"
         )
+    names = adaptable
     if config.ranks is not None:
         _check_names(config.ranks, names)
         names = [name for name in names if name in config.ranks]
     return [describe(name, modules[name]) for name in names]
+
+
+def exact_targets(targets: Iterable[Target], model: nn.Module) -> set[str] | str:
+    """A value of `target_modules` that selects these modules and no others, as PEFT matches names.
+
+    The full names; or, where PEFT would also take one for the suffix of another module's name, a regular expression.
+    """
+    names = {target.name for target in targets}
+    others = (name for name, _ in model.named_modules() if name not in names)
+    if any(other.endswith(tuple(f".{name}" for name in names)) for other in others):
+        return "|".join(map(re.escape, sorted(names)))
+    return names
 
 
 def describe(name: str, module: nn.Module) -> Target:
@@ -157,7 +170,10 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     if layer is Embedding and module.max_norm is not None:
         return "max_norm rewrites the base weight in forward"
     scaled = layer is Embedding and hasattr(module, "embed_scale")
-    if type(module).forward is not kind.forward and not scaled:
+    inherited = all(
+        getattr(type(module), method, None) is getattr(kind, method, None) for method in ("forward", "_conv_forward")
+    )
+    if not inherited and not scaled:
         return f"its class {type(module).__name__} has a forward of its own"
     return None
 
@@ -176,14 +192,14 @@ def count_base_parameters(model: nn.Module) -> int:
 
 def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
     """Names of the modules that `target_modules` and `exclude_modules` select."""
-    if _is_shorthand(config.target_modules, ALL_WEIGHTS):
+    if is_shorthand(config.target_modules, ALL_WEIGHTS):
         heads = _heads(model)
         chosen = {
             name
             for name, module in modules.items()
             if adapted_kind(module) is not None and not any(name == h or name.startswith(f"{h}.") for h in heads)
         }
-    elif _is_shorthand(config.target_modules):
+    elif is_shorthand(config.target_modules):
         chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
     else:
         chosen = None
@@ -259,7 +275,7 @@ def _closest(name: str, names: Iterable[str]) -> str:
     return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _is_shorthand(target_modules: object, *shorthands: str) -> bool:
+def is_shorthand(target_modules: object, *shorthands: str) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() in (
         shorthands or (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
     )

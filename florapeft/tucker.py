@@ -57,7 +57,9 @@ def validate_tucker(core: Tensor, factors: Sequence[Tensor | None]) -> Tucker:
             number the core's size in that mode; the message names the mode and both shapes.
     """
     if len(factors) != core.ndim:
-        raise ValueError(f"a core of order {core.ndim} (shape {tuple(core.shape)}) needs {core.ndim} factors, got {len(factors)}")
+        raise ValueError(
+            f"a core of order {core.ndim} (shape {tuple(core.shape)}) needs {core.ndim} factors, got {len(factors)}"
+        )
     for mode, factor in enumerate(factors):
         if factor is not None and (factor.ndim != 2 or factor.shape[1] != core.shape[mode]):
             raise ValueError(
@@ -205,7 +207,7 @@ def _project(tensor: Tensor, factors: Sequence[Tensor | None], dtype: torch.dtyp
 
 
 def _leading_left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
-    """The `count` leading left singular vectors of `matrix` `(rows, columns)`, as columns of a `(rows, count)` matrix."""
+    """The `count` leading left singular vectors of `matrix`, as columns; shape `(rows, count)`."""
     left = torch.linalg.svd(matrix, full_matrices=False).U
     if left.shape[1] < count:  # fewer columns than asked for: complete to an orthonormal basis
         left = torch.linalg.qr(left, mode="complete").Q
