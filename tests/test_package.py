@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
@@ -26,31 +25,30 @@ PUBLIC_LATER = {"plan", "allocate", "initialize_from_gradients", "extract", "exp
 HOUSE = ["_peft_type", "tucker", "contract", "rank", "config", "init", "layer", "targets", "model", "_register"]
 HOUSE += ["planning", "gradients", "extraction", "structure", "convert", "report", "train", "cli"]
 
-# What the extras bring, and what the core must not import.
+# Brought by the extras; the core must not import them.
 EXTRAS_ONLY = ["transformers.trainer", "datasets", "sklearn", "tensorboard", "typer", "rich"]
 
 
-def imported_by(code: str, modules: list[str]) -> list[str]:
-    """Those of `modules` that a fresh interpreter has loaded after running `code`."""
-    script = f"{code}\nimport json, sys\nprint(json.dumps([m for m in {modules!r} if m in sys.modules]))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+def run_python(code: str) -> subprocess.CompletedProcess:
+    """Run `code` in a fresh interpreter; `loaded()` in it prints those of `EXTRAS_ONLY` that are loaded by then."""
+    loaded = f"import sys\ndef loaded():\n    print(*[m for m in {EXTRAS_ONLY!r} if m in sys.modules])\n"
+    command = [sys.executable, "-c", loaded + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 class TestImport:
-    def test_brings_no_extra(self):
-        assert imported_by("import florapeft", EXTRAS_ONLY) == []
+    def test_is_silent_and_brings_no_extra(self):
+        run = run_python(
+            "import torch, peft\nloaded()\nimport florapeft\nloaded()\n"
+            "import importlib\nimportlib.reload(florapeft)\n"  # registers a second time
+        )
+        assert run.stderr == ""
+        theirs, ours = run.stdout.splitlines()  # some releases of transformers import scikit-learn
+        assert ours == theirs
 
     def test_check_can_fail(self):
-        assert imported_by("import florapeft, sklearn, rich", EXTRAS_ONLY) == ["sklearn", "rich"]
-
-    def test_is_silent(self):
-        code = "import florapeft, importlib; importlib.import_module('florapeft')"
-        run = subprocess.run(
-            [sys.executable, "-W", "error::UserWarning:florapeft", "-c", code],
-            capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
-        assert (run.stdout, run.stderr) == ("", "")
+        run = run_python("loaded()\nimport sklearn, rich\nloaded()")
+        assert run.stdout.splitlines() == ["", "sklearn rich"]
 
 
 class TestPublicNames:
@@ -140,7 +138,9 @@ class TestDependencies:
 
     def test_every_package_is_pinned(self):
         pinned = {canonicalize_name(Requirement(line).name) for line in self.LINES}
-        assert requirements("florapeft", "dev") - pinned == set()
+        missing = requirements("florapeft", "dev") - pinned
+        # A CUDA build of torch pins the packages of its platform exactly and by itself.
+        assert {name for name in missing if not re.match(r"nvidia-|cuda-|triton$", name)} == set()
 
     def test_pins_are_exact_and_name_no_place(self):
         for line in self.LINES:
