@@ -153,13 +153,24 @@ RANK = "must be a positive integer or one per mode, got "
         (
             {"format_version": 2},
             ValueError,
-            "this adapter was saved in format version 2; this florapeft reads up to 1: upgrade florapeft to load it",
+            "this adapter was saved in format version 2; this florapeft reads 1 to 1: upgrade florapeft to load it",
         ),
-        ({"format_version": "1"}, ValueError, "format version '1'"),
+        ({"format_version": 0}, ValueError, "this adapter was saved in format version 0; this florapeft reads 1 to 1"),
+        ({"format_version": "1"}, TypeError, "format_version must be of type int, got '1'"),
+        ({"format_version": True}, TypeError, "format_version must be of type int, got True"),
+        ({"rank_pattern": [4]}, TypeError, r"rank_pattern must be of type dict, got \[4\]"),
+        ({"scale_pattern": 2.0}, TypeError, "scale_pattern must be of type dict, got 2.0"),
+        ({"ranks": [("q", 2)]}, TypeError, "ranks must be of type dict or None, got "),
+        ({"target_modules": 3}, TypeError, "target_modules must be of type list or .*, got 3"),
+        ({"exclude_modules": 3}, TypeError, "exclude_modules must be of type list or .*, got 3"),
+        ({"layers_to_transform": "1"}, TypeError, "layers_to_transform must be of type list or .*, got '1'"),
+        ({"layers_to_transform": True}, TypeError, "layers_to_transform must be of type list or .*, got True"),
+        ({"init_weights": 0}, ValueError, "init_weights must be True, False or one of .*, got 0"),
+        ({"init_weights": 1}, ValueError, "init_weights must be True, False or one of .*, got 1"),
     ],
 )
 def test_bad_input(arguments, error, message):
-    with pytest.raises(error, match=f"^{message}" if "format" not in message else message):
+    with pytest.raises(error, match=f"^{message}"):
         FloraConfig(**arguments)
 
 
@@ -211,5 +222,5 @@ class TestFile:
         FloraConfig().save_pretrained(tmp_path)
         path = tmp_path / "adapter_config.json"
         path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
-        with pytest.raises(ValueError, match="saved in format version 7; this florapeft reads up to 1"):
+        with pytest.raises(ValueError, match="saved in format version 7; this florapeft reads 1 to 1"):
             PeftConfig.from_pretrained(tmp_path)
