@@ -118,10 +118,12 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`scale · dW` in the base weight's shape, in at least float32, on the adapter's device."""
-        tucker = self.tucker(adapter_name)
-        dtype = torch.promote_types(tucker.core.dtype, torch.float32)
+        tucker, dtype = self.tucker(adapter_name), self._delta_dtype(adapter_name)
         core, factors = tucker.core.to(dtype), [None if f is None else f.to(dtype) for f in tucker.factors]
         return Tucker(core * self.scaling[adapter_name], tuple(factors)).to_tensor()
+
+    def _delta_dtype(self, adapter_name: str) -> torch.dtype:
+        return torch.promote_types(self.flora_core[adapter_name].weight.dtype, torch.float32)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's shapes, with the updates of all active adapters."""
@@ -165,7 +167,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Whether the base operation can run with W + dW in place of W.
 
         Not with dropout on the adapter's input alone; not where the base layer is more than its weight (another tuner,
-        a hook, a forward of its own); not in a lower precision than the adapter's, which would swallow small updates.
+        a hook, a forward of its own); not where the base weight is in half precision, which would swallow small updates.
         """
         base = self.base_layer
         return (
@@ -174,7 +176,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             and not base._forward_hooks
             and not base._forward_pre_hooks
             and not (self.training and isinstance(self.flora_dropout[name], nn.Dropout))
-            and base.weight.dtype == self.flora_core[name].weight.dtype
+            and base.weight.dtype == self._delta_dtype(name)
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
