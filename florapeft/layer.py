@@ -167,7 +167,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """Whether the base operation can run with W + dW in place of W.
 
         Not with dropout on the adapter's input alone; not where the base layer is more than its weight (another tuner,
-        a hook, a forward of its own); not where the base weight is in half precision, which would swallow small updates.
+        a hook, a forward of its own); not in half precision, where the sum would swallow small updates.
         """
         base = self.base_layer
         return (

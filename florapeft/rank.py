@@ -89,12 +89,12 @@ def spend_uniformly(
             name: cap_rank(resolve_rank(shape, r, kernel_r, channel_modes[name], name), shape)
             for name, shape in shapes.items()
         }
-        if r > 1 and sum(map(prod, ranks.values())) > budget:
-            break
         total = sum(count_parameters(shapes[name], rank) for name, rank in ranks.items())
         least = total if least is None else min(least, total)
         if total <= budget:
             best = ranks
+        elif sum(map(prod, ranks.values())) > budget and r > 1:
+            break
     if best is None:
         raise ValueError(
             f"a budget of {budget} parameters is too small: the least that {len(shapes)} targets take is {least}; "
