@@ -104,7 +104,7 @@ def cifar100(data: Path) -> Task:
 
 
 def cola(data: Path, train_sentences: int = 3000) -> Task:
-    """Acceptability of sentences: a fixed part of GLUE's training file, 1,000 of its other sentences, GLUE's dev file."""
+    """Acceptability of sentences: a part of GLUE's training file, 1,000 others of it, and GLUE's dev file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_minilm())

@@ -210,8 +210,12 @@ def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adap
     if extra := sorted(own.keys() - expected.keys()):
         fail("the checkpoint has {key}, for which the model has no place", extra)
     if wrong := [key for key in own if own[key].shape != expected[key].shape]:
-        shapes = f"{tuple(own[wrong[0]].shape)} in the checkpoint and {tuple(expected[wrong[0]].shape)} in the model"
-        fail(f"{{key}} has shape {shapes}; is it for another base model?", wrong)
+        # A factor's rows are the base weight's; everything else is rank.
+        other_base = [k for k in wrong if ".flora_factors." in k and own[k].shape[:1] != expected[k].shape[:1]]
+        first = sorted(other_base or wrong)[0]
+        shapes = f"{tuple(own[first].shape)} in the checkpoint and {tuple(expected[first].shape)} in the model"
+        hint = "is it for another base model?" if other_base else "was it saved with other ranks than its config says?"
+        fail(f"{{key}} has shape {shapes}; {hint}", [first, *(k for k in wrong if k != first)])
     if integer := [key for key, value in own.items() if not value.is_floating_point()]:
         fail(f"{{key}} has dtype {own[integer[0]].dtype}, which is not floating point", integer)
     if broken := [key for key, value in own.items() if not value.is_meta and not torch.isfinite(value).all()]:

@@ -1,0 +1,123 @@
+"""Writes the tables of README.md and docs/ from the files under benchmarks/results/; numbers are never typed.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+
+    python benchmarks/tables.py            # rewrite the tables
+    python benchmarks/tables.py --check    # exit 1 if one is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+START_LABELS = {"released": "released", "variance": "variance", "zero_output": "zero_output (default)"}
+
+
+def demo() -> str:
+    """The built-in job of `flora train`."""
+    record = _read("builtin_job")
+    rows = [
+        (
+            method["label"],
+            f"{100 * method['accuracy_mean']:.1f} ± {100 * method['accuracy_std']:.1f}",
+            f"{method['parameters']:,}",
+            f"{100 * method['share_of_network']:.1f}%",
+            f"{method['seconds_mean']:.1f}",
+            f"{method['bytes'] / 1000:.0f} kB",
+        )
+        for method in record["methods"]
+    ]
+    header = ("method", "test accuracy, %", "trained parameters", "of the network", "seconds", "saved")
+    return _table(header, rows)
+
+
+def starts() -> str:
+    """Scores of the starts on the two real tasks."""
+    cifar, cola = _read("starts_cifar100")["cifar100"]["summary"], _read("starts_cola")["cola"]["summary"]
+    rows = [
+        (
+            f"`{name}`" + (" (default)" if name == "zero_output" else ""),
+            f"{100 * cifar[name]['test_mean']:.1f} ± {100 * cifar[name]['test_std']:.1f}",
+            f"{cifar[name]['rate']:g}",
+            f"{100 * cola[name]['test_mean']:.1f} ± {100 * cola[name]['test_std']:.1f}",
+            f"{cola[name]['rate']:g}",
+        )
+        for name in cifar
+    ]
+    header = ("start", "ResNet-20 to CIFAR-100, accuracy, %", "rate", "MiniLM on CoLA, 100 × MCC", "rate")
+    return _table(header, rows)
+
+
+def stability(kind: str) -> Callable[[], str]:
+    """Loss after 60 steps relative to before, over widths and rates."""
+
+    def build() -> str:
+        rows = [row for row in _read("starts_stability")["stability"]["rows"] if row["kind"] == kind]
+        rates = sorted({row["rate"] for row in rows})
+        found = {(row["width"], row["start"], row["rate"]): row["loss_ratio"] for row in rows}
+        keys = sorted({(row["width"], row["start"]) for row in rows}, key=lambda key: (key[1], key[0]))
+        lines = [(f"`{start}`", width, *(_ratio(found[width, start, rate]) for rate in rates)) for width, start in keys]
+        return _table(("start", "width", *(f"{rate:g}" for rate in rates)), lines)
+
+    return build
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "starts": starts,
+    "stability-linear": stability("linear"),
+    "stability-conv": stability("conv"),
+}
+
+
+def render(text: str) -> str:
+    """`text` with every marked table rewritten from the results."""
+    return MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _ratio(value: float) -> str:
+    return "diverged" if not value < 1e3 else f"{value:.2g}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in pages():
+        before = page.read_text()
+        after = render(before)
+        if before != after:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(after)
+    if stale:
+        print(("out of date: " if check else "rewrote: ") + ", ".join(stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
