@@ -27,12 +27,14 @@ from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
 # Names that transformers' classes for tasks give their heads, at the top of the model.
 _HEAD_NAMES = (
     "classifier",
+    "classifier_distill",
     "cls_classifier",
     "distillation_classifier",
     "classification_head",
     "score",
     "qa_outputs",
     "head",
+    "fc",
 )
 # Mamba's fused kernels read the weights of these layers and never call them (peft#2556).
 _MAMBA_MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -178,6 +180,16 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     return None
 
 
+def task_heads(model: nn.Module) -> list[str]:
+    """Names of the heads of a transformers task model: its own children of a usual name, or timm's classifier."""
+    heads = [name for name in _HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    get_classifier = getattr(getattr(model, "timm_model", None), "get_classifier", None)
+    if get_classifier is not None:
+        classifier = get_classifier()
+        heads += [name for name, module in model.named_modules() if module is classifier]
+    return heads
+
+
 def count_base_parameters(model: nn.Module) -> int:
     """Parameters of the model without its adapters; tied ones count once."""
     adapters = {
@@ -222,19 +234,16 @@ def _heads(model: nn.Module) -> list[str]:
     if not hasattr(model, "get_output_embeddings"):
         return []
     try:
-        output, tied = model.get_output_embeddings(), model.get_input_embeddings()
+        output = model.get_output_embeddings()
     except (NotImplementedError, AttributeError):  # models without embeddings
-        output = tied = None
-    weights = [m.weight for m in (output,) if m is not None and hasattr(m, "weight")]
+        output = None
+    weight = getattr(output, "weight", None)
     heads = [
         name
         for name, module in candidates(model)
-        if module is output or (tied is not None and any(getattr(module, "weight", None) is w for w in weights))
+        if module is output or (weight is not None and getattr(module, "weight", None) is weight)
     ]
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
-    if backbone is not model:
-        heads += [name for name in _HEAD_NAMES if getattr(model, name, None) is not None]
-    return heads
+    return heads + task_heads(model)
 
 
 def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:

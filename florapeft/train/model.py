@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from florapeft import FloraConfig
+from florapeft.targets import task_heads
 from florapeft.train.data import LABEL_ID
 from florapeft.train.job import Job
 
@@ -21,7 +22,6 @@ _AUTO_CLASS = {
     "causal-lm": transformers.AutoModelForCausalLM,
 }
 _TASK_TYPE = {"image-classification": None, "text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-_HEAD_NAMES = ("classifier", "score", "head", "fc", "cls_classifier", "distillation_classifier")
 IGNORED = -100  # a label that transformers' losses leave out
 
 
@@ -52,20 +52,14 @@ def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
 
 
 def find_heads(model: nn.Module) -> list[str]:
-    """Names of a transformers image classifier's heads: its own children of a usual name, or timm's classifier.
+    """Names of a transformers image classifier's heads.
 
     Raises:
         ValueError: none found; says how to name it.
     """
-    names = [name for name, _ in model.named_children() if name in _HEAD_NAMES]
+    names = task_heads(model)
     if names:
         return names
-    get_classifier = getattr(getattr(model, "timm_model", None), "get_classifier", None)
-    if get_classifier is not None:
-        head = get_classifier()
-        names = [name for name, module in model.named_modules() if module is head]
-        if names:
-            return names
     raise ValueError(
         f"no classifier head found among {', '.join(name for name, _ in model.named_children())} of "
         f"{type(model).__name__}; name it with adapter.modules_to_save=[…]"
