@@ -61,6 +61,23 @@ class FloraModel(BaseTuner):
             if isinstance(module, FloraLayer):
                 module.route = route
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, without its shortening of long `target_modules` to suffixes.
+
+        Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
+        """
+        config = self.peft_config[adapter_name]
+        given = config.target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(given, set):
+            config.target_modules = given
+        elif is_shorthand(given) and isinstance(config.target_modules, set):
+            config.target_modules = {
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, FloraLayer) and adapter_name in module.flora_core
+            }
+
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
             raise ValueError(
