@@ -44,7 +44,7 @@ class Setting:
 SETTINGS = {
     "cifar100": Setting((1e-3, 3e-3, 1e-2), 6, 64, {"r": 8, "target_modules": r".*(conv1|conv2)"}, 1e-2),
     "cola": Setting(
-        (1e-4, 3e-4, 1e-3, 3e-3), 2, 32, {"r": 8, "target_modules": ["query", "key", "value", "dense"]}, 1e-3
+        (1e-4, 3e-4, 1e-3, 3e-3), 3, 16, {"r": 8, "target_modules": ["query", "key", "value", "dense"]}, 1e-3
     ),
 }
 
