@@ -20,6 +20,7 @@ small. `choose_route` picks by the estimated cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -63,7 +64,7 @@ class Linear(NamedTuple):
 
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         """How many vectors of channels the input, the middle step and the output have."""
-        count = x.numel() / x.shape[-1]
+        count = x.numel() / weight_shape[self.input_mode]
         return count, count, count
 
 
@@ -202,7 +203,7 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
             outside[0], folded[source] = factors[source], None
         if route in ("factored", "input_folded"):
             outside[1], folded[target] = factors[target], None
-    kernel = multi_mode_dot(core if scale == 1.0 else core * scale, folded)
+    kernel = fold(Tucker(core, tuple(folded)), scale)
     dtype = x.dtype if x.is_floating_point() else core.dtype
 
     if outside[0] is not None:
@@ -211,6 +212,15 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
     if outside[1] is not None:
         x = operation.project_out(x, outside[1].to(dtype))
     return x
+
+
+def fold(tucker: Tucker, scale: float) -> Tensor:
+    """`scale ·` the tensor that `tucker` stands for; autocast, whose rounding would stay in it, is off."""
+    core, factors = tucker
+    device = core.device.type
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with exact:
+        return multi_mode_dot(core if scale == 1.0 else core * scale, factors)
 
 
 def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int], x: Tensor, *, fused: bool) -> str:
@@ -248,7 +258,7 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
         "output_folded": entering + fold_out + step(middle * kernel, r_in, d_out, middle / kernel),
     }
     if prod(shape) <= x.numel():
-        build = fold_in + 3.0 * kernel * d_in * r_out * d_out
+        build = fold_in + (0.0 if r_out == d_out else 3.0 * kernel * d_in * r_out * d_out)
         operate = middle * kernel * d_in * d_out
         costs["dense"] = build + (operate if fused else step(middle * kernel, d_in, d_out, middle / kernel))
     return min(costs, key=costs.__getitem__)

@@ -136,6 +136,9 @@ class FloraModel(BaseTuner):
             target.update_layer(adapter_name, rank, peft_config, scale)
             return
         layer = described.layer(target, adapter_name, rank, peft_config, scale)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused path for inference reads the weights and calls no layer, unless one has a hook.
+            layer.register_forward_pre_hook(_no_op)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -204,6 +207,10 @@ class FloraModel(BaseTuner):
         }
         check_state_dict(remapped, expected, adapter_name)
         return remapped
+
+
+def _no_op(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """A hook that does nothing; not a lambda, so that models pickle."""
 
 
 def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adapter_name: str) -> None:
