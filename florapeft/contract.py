@@ -203,7 +203,7 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
             outside[0], folded[source] = factors[source], None
         if route in ("factored", "input_folded"):
             outside[1], folded[target] = factors[target], None
-    kernel = fold(Tucker(core, tuple(folded)), scale)
+    kernel = expand(Tucker(core, tuple(folded)), scale)
     dtype = x.dtype if x.is_floating_point() else core.dtype
 
     if outside[0] is not None:
@@ -214,7 +214,7 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
     return x
 
 
-def fold(tucker: Tucker, scale: float) -> Tensor:
+def expand(tucker: Tucker, scale: float) -> Tensor:
     """`scale ·` the tensor that `tucker` stands for; autocast, whose rounding would stay in it, is off."""
     core, factors = tucker
     device = core.device.type

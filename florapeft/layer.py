@@ -120,7 +120,7 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         """`scale · dW` in the base weight's shape, in at least float32, on the adapter's device."""
         tucker, dtype = self.tucker(adapter_name), self._delta_dtype(adapter_name)
         factors = tuple(None if f is None else f.to(dtype) for f in tucker.factors)
-        return contract.fold(Tucker(tucker.core.to(dtype), factors), self.scaling[adapter_name])
+        return contract.expand(Tucker(tucker.core.to(dtype), factors), self.scaling[adapter_name])
 
     def _delta_dtype(self, adapter_name: str) -> torch.dtype:
         return torch.promote_types(self.flora_core[adapter_name].weight.dtype, torch.float32)
