@@ -72,8 +72,8 @@ def _show_job(console: Console, record: dict[str, Any]) -> None:
     table.add_row("adapter", f"{parameters['adapter']:,} parameters, {share:.2%} of the network's")
     if parameters["head"]:
         table.add_row("trained in full", f"{parameters['head']:,} parameters")
-    table.add_row("saved to", record["adapter"])
     console.print(table)
+    console.print(f" saved to {record['adapter']}", soft_wrap=True)
 
 
 def _show_builtin(console: Console, record: dict[str, Any]) -> None:

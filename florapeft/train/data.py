@@ -52,29 +52,30 @@ def load_examples(job: Job, roles: tuple[str, ...], required: tuple[str, ...]) -
 
 
 def _load_splits(job: Job, roles: tuple[str, ...], required: tuple[str, ...]) -> dict[str, datasets.Dataset]:
-    data = job.data
-    everything = _load(data)
-    found = {}
-    for role in roles:
-        name = data.splits.get(role, role)
-        bare = name.split("[")[0]
-        if bare not in everything:
-            if role in data.splits or role in required:
-                available = ", ".join(everything)
-                raise ValueError(
-                    f"data {_shown(data)} has no split '{bare}' (it has: {available}); "
-                    f"say which one to use with data.splits.{role}"
-                )
-            continue
-        found[role] = everything[bare] if bare == name else _load(data, name)
-    if "validation" in roles and "validation" not in found and data.holdout and "train" in everything:
-        parts = (found.get("train") or everything[data.splits.get("train", "train")]).train_test_split(
-            test_size=data.holdout, seed=job.train.get("seed", 42)
+    everything = _load(job.data)
+    needs_holdout = job.data.holdout and _pick(job.data, "validation", everything, is_required=False) is None
+    if needs_holdout and not {"train", "validation"}.isdisjoint(roles):  # the same parts whichever of them is asked for
+        train = _pick(job.data, "train", everything, is_required=True)
+        parts = train.train_test_split(test_size=job.data.holdout, seed=job.train.get("seed", 42))
+        held_out = {"train": parts["train"], "validation": parts["test"]}
+    else:
+        held_out = {}
+    found = {role: held_out.get(role) or _pick(job.data, role, everything, role in required) for role in roles}
+    return {role: found[role] for role in ROLES if found.get(role) is not None}
+
+
+def _pick(data: DataSpec, role: str, everything: dict, is_required: bool) -> datasets.Dataset | None:
+    """The rows that play `role`, by default those of the split of that name; None if there is no such split."""
+    name = data.splits.get(role, role)
+    bare = name.split("[")[0]
+    if bare in everything:
+        return everything[bare] if bare == name else _load(data, name)
+    if role in data.splits or is_required:
+        raise ValueError(
+            f"data {_shown(data)} has no split '{bare}' (it has: {', '.join(everything)}); "
+            f"say which one to use with data.splits.{role}"
         )
-        found["validation"] = parts["test"]
-        if "train" in roles:
-            found["train"] = parts["train"]
-    return {role: found[role] for role in ROLES if role in found}
+    return None
 
 
 def _load(data: DataSpec, split: str | None = None) -> Any:

@@ -65,7 +65,10 @@ class Job:
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load with two repairs: `1e-3` is a number (YAML 1.2), and a key given twice is an error."""
+    """safe_load that reads as YAML 1.2 does, and for which a key given twice is an error.
+
+    PyYAML follows YAML 1.1, where `1e-3` is a text and `no`, `off`, `yes`, `on` are booleans (`eval_strategy: no`).
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -76,8 +79,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _FLOAT,
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )

@@ -57,13 +57,13 @@ def find_heads(model: nn.Module) -> list[str]:
     Raises:
         ValueError: none found; says how to name it.
     """
-    names = task_heads(model)
-    if names:
-        return names
-    raise ValueError(
-        f"no classifier head found among {', '.join(name for name, _ in model.named_children())} of "
-        f"{type(model).__name__}; name it with adapter.modules_to_save=[…]"
-    )
+    heads = task_heads(model)
+    if not heads:
+        raise ValueError(
+            f"no classifier head found among {', '.join(name for name, _ in model.named_children())} of "
+            f"{type(model).__name__}; name it with adapter.modules_to_save=[…]"
+        )
+    return heads
 
 
 def load_collator(job: Job, base: transformers.PreTrainedModel) -> Callable[[list[dict]], dict[str, torch.Tensor]]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
-import yaml
 from transformers.integrations import TensorBoardCallback
 
 from florapeft.train.data import Examples, load_examples, with_images
-from florapeft.train.job import Job, parse_job
+from florapeft.train.job import Job, load_job
 from florapeft.train.model import attach, load_base, load_collator
 from florapeft.train.record import versions
 from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, last_checkpoint, prepare_output, write_json
@@ -81,20 +81,23 @@ def run_job(
 
 def training_arguments(job: Job) -> transformers.TrainingArguments:
     """TrainingArguments from the job's `train` fields, with its folders and what the collators need."""
+    fields = {
+        "output_dir": str(Path(job.output) / "checkpoints"),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        # Without it, on a machine with no accelerator, bf16 is refused and torchrun's processes do not find each other.
+        "use_cpu": not torch.accelerator.is_available(),
+        **job.train,
+    }
     try:
-        return transformers.TrainingArguments(
-            output_dir=str(Path(job.output) / "checkpoints"),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            **job.train,
-        )
+        return transformers.TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"train: {' '.join(str(error).split())}") from error
 
 
 def check_same_job(job: Job, output: Path) -> None:
     """A run is resumed with the model, data and adapter that it began with; `train` may differ."""
-    began = parse_job(yaml.safe_load((output / JOB_FILE).read_text(encoding="utf-8")), str(output / JOB_FILE))
+    began = load_job(output / JOB_FILE)
     for key in ("task", "model", "data", "adapter"):
         if getattr(began, key) != getattr(job, key):
             raise ValueError(
@@ -128,12 +131,28 @@ def make_trainer(
         data_collator=collator,
         train_dataset=rows.get("train"),
         eval_dataset=rows.get("validation"),
+        compute_loss_func=classification_loss(arguments.label_smoothing_factor) if is_classifier else None,
         compute_metrics=_accuracy if is_classifier else None,
         preprocess_logits_for_metrics=_predicted_class if is_classifier else None,
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # would print a dict for every logged step
     return trainer
+
+
+def classification_loss(label_smoothing: float = 0.0) -> Callable:
+    """Cross entropy as a Trainer's `compute_loss_func`: the mean over all processes and accumulated batches.
+
+    Several of transformers' classifiers (BERT's among them) take but ignore `num_items_in_batch`; the Trainer then
+    counts each process's and each accumulated batch's mean in full, so that loss and gradients grow with their number.
+    """
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
 
 
 def evaluate(trainer: transformers.Trainer, rows: Any = None) -> dict[str, float]:
