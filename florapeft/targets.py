@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import (
@@ -36,9 +38,8 @@ _HEAD_NAMES = (
     "head",
     "fc",
 )
-# Mamba's fused kernels read the weights of these layers and never call them (peft#2556).
-_MAMBA_MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_MAMBA_BYPASSED = ("conv1d", "out_proj")
+# Methods that read weights for another purpose than computing with them.
+_SETUP_METHODS = ("__init__", "_init", "init_", "tie_", "_tie", "set_", "resize", "_resize", "reset_", "load", "_load")
 
 
 class Target(NamedTuple):
@@ -161,10 +162,12 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return "its weight is quantised"
     kind, layer = found
     parent_name, _, own_name = name.rpartition(".")
-    if isinstance(model.get_submodule(parent_name), nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls it"
-    if _model_type(model) in _MAMBA_MODEL_TYPES and own_name in _MAMBA_BYPASSED:
-        return "Mamba's fused kernels read its weight and never call it"
+    parent = model.get_submodule(parent_name)
+    read, called = _weights_read(type(parent))
+    if own_name in read and own_name not in called:
+        return f"{type(parent).__name__} reads its weight and never calls it"
+    if own_name in read and any(isinstance(getattr(parent, other, None), nn.Conv1d) for other in read):
+        return f"{type(parent).__name__} has a fast path that reads its weight and does not call it"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"
     if is_lazy(module.weight):
@@ -188,6 +191,28 @@ def task_heads(model: nn.Module) -> list[str]:
         classifier = get_classifier()
         heads += [name for name, module in model.named_modules() if module is classifier]
     return heads
+
+
+@cache
+def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the submodules whose weight the methods of such a module read, and of those that they call.
+
+    From the source of the class: fused kernels (Mamba's and its successors', peft#2556), torch's attention, queries
+    kept in an embedding. A class without source counts as reading none.
+    """
+    methods = [
+        method
+        for cls in parent.__mro__
+        if issubclass(cls, nn.Module) and cls is not nn.Module
+        for name, method in vars(cls).items()
+        if inspect.isfunction(method) and not name.startswith(_SETUP_METHODS)
+    ]
+    try:
+        source = "\n".join(inspect.getsource(method) for method in methods)
+    except (OSError, TypeError):
+        return frozenset(), frozenset()
+    used = r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)"
+    return frozenset(re.findall(used, source)), frozenset(re.findall(r"self\.(\w+)\(", source))
 
 
 def count_base_parameters(model: nn.Module) -> int:
@@ -288,10 +313,6 @@ def is_shorthand(target_modules: object, *shorthands: str) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() in (
         shorthands or (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
     )
-
-
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _shown(target_modules: object) -> object:
