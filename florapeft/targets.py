@@ -289,13 +289,13 @@ def _nothing_matches(config: FloraConfig, modules: dict[str, nn.Module]) -> str:
             f"adapts. It has: {', '.join(kinds)}. Supported kinds: {', '.join(SUPPORTED_KINDS)}"
         )
     asked = config.target_modules
-    hints = "".join(
-        _closest(name, modules) for name in ([asked] if isinstance(asked, str) else sorted(asked or ()))[:1]
-    )
-    restriction = (
-        f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
-    )
-    return f"Target modules {_shown(asked)} not found in the base model{restriction}{hints}"
+    problem = f"Target modules {_shown(asked)} not found in the base model"
+    if config.layers_to_transform is not None:
+        return (
+            f"{problem} with layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}"
+        )
+    first = asked if isinstance(asked, str) else min(asked, default="")
+    return problem + _closest(first, modules)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
