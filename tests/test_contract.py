@@ -364,7 +364,9 @@ class TestChoice:
         assert self.choose(nn.Conv2d(256, 256, 3, padding=1), (8, 256, 14, 14), (8, 8, 3, 3), fused=True) == "factored"
 
     def test_a_weight_larger_than_the_data_is_never_built(self):
-        assert self.choose(nn.Linear(256, 256), (4, 256), (256, 256), fused=True) != "dense"
+        module, rank = nn.Linear(8, 8), (7, 7)
+        assert self.choose(module, (8, 8), rank, fused=True) == "dense"
+        assert self.choose(module, (7, 8), rank, fused=True) != "dense"
 
     def test_a_tiny_weight_rides_with_the_base(self):
         assert self.choose(nn.Conv2d(3, 16, 3), (64, 3, 32, 32), (16, 3, 3, 3), fused=True) == "dense"

@@ -183,6 +183,15 @@ class TestElsewhere:
         assert layer(x).dtype == dtype
         assert torch.equal(layer(x), expected) == (start is not False)
 
+    @pytest.mark.parametrize("start", [True, False, *STARTS])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_tensors(self, dtype, start):
+        tucker = Tucker(torch.empty(3, 4, dtype=dtype), tuple(torch.empty(9, r, dtype=dtype) for r in (3, 4)))
+        initialize(tucker, start, input_mode=1, output_mode=0, lookup=False)
+        assert torch.isfinite(tucker.core).all()
+        assert all(torch.isfinite(factor).all() for factor in tucker.factors)
+        assert tucker.to_tensor().any() == (start is False)
+
     def test_the_seed_decides(self):
         torch.manual_seed(3)
         first, _ = adapted("conv2d", init_weights=False)

@@ -1,0 +1,464 @@
+"""What is adapted, what is left out and why; after an error the model is as it was."""
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from transformers.pytorch_utils import Conv1D
+
+from florapeft import FloraConfig, FloraLayer
+from florapeft.targets import count_base_parameters, find_targets, why_not
+
+# PEFT asks the model in the older way.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.q(x) + self.k(x))
+
+
+class Net(nn.Module):
+    """Every kind of layer that is adapted, and some that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.up = nn.ConvTranspose1d(4, 4, 2)
+        self.stored = Conv1D(4, 4)
+        self.batch_norm = nn.BatchNorm1d(4)
+        self.bilinear = nn.Bilinear(4, 4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.stored(self.up(self.conv(x.mT)).mT))
+
+
+class Attention(nn.Module):
+    """The last name is also the end of another one, which cannot be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_proj, self.lin = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.out_proj(self.lin(self.attn(x, x, x)[0]))
+
+
+BLOCKS = [f"blocks.{n}.{name}" for n in range(3) for name in "qk"]
+PLAIN = {"embed", *BLOCKS, "conv", "up", "stored", "head"}
+
+
+def adapted(model, **config):
+    """Names of the adapted modules."""
+    model = get_peft_model(model, FloraConfig(r=2, **config)).base_model.model
+    return {name for name, module in model.named_modules() if isinstance(module, FloraLayer)}
+
+
+def snapshot(model):
+    types = {name: type(module) for name, module in model.named_modules()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    return types, grads, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_refused(model, message, works=("q",), **config):
+    """The error, that nothing has changed in the model, and that it can be adapted afterwards."""
+    types, grads, state = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, FloraConfig(r=2, **config))
+    types_after, grads_after, state_after = snapshot(model)
+    assert types_after == types
+    assert grads_after == grads
+    assert list(state_after) == list(state)
+    assert all(torch.equal(state[key], state_after[key]) for key in state)
+    assert not hasattr(model, "peft_config")
+    if works:
+        assert adapted(model, target_modules=list(works))
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("config", "expected"),
+        [
+            ({"target_modules": ["q"]}, {"blocks.0.q", "blocks.1.q", "blocks.2.q"}),
+            ({"target_modules": ["blocks.1.q", "conv"]}, {"blocks.1.q", "conv"}),
+            ({"target_modules": ["1.q"]}, {"blocks.1.q"}),
+            ({"target_modules": "q"}, None),  # as a regular expression it is no full name
+            ({"target_modules": r"blocks\.[12]\.(q|k)"}, {"blocks.1.q", "blocks.1.k", "blocks.2.q", "blocks.2.k"}),
+            ({"target_modules": r".*\.q|head"}, {"blocks.0.q", "blocks.1.q", "blocks.2.q", "head"}),
+            ({"target_modules": "all-weights"}, PLAIN),
+            ({"target_modules": "ALL-Weights"}, PLAIN),
+            ({"target_modules": "all-linear"}, {*BLOCKS, "stored", "head"}),
+            ({"target_modules": "all-weights", "exclude_modules": ["q", "embed"]},
+             {"blocks.0.k", "blocks.1.k", "blocks.2.k", "conv", "up", "stored", "head"}),
+            ({"target_modules": "all-weights", "exclude_modules": r"blocks\..*|up"},
+             {"embed", "conv", "stored", "head"}),
+            ({"target_modules": "all-linear", "exclude_modules": r".*\.q"},
+             {"blocks.0.k", "blocks.1.k", "blocks.2.k", "stored", "head"}),
+            ({"target_modules": ["q", "k"], "exclude_modules": ["blocks.1.q"]}, {*BLOCKS} - {"blocks.1.q"}),
+            ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "blocks"}, {"blocks.0.q"}),
+            ({"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "blocks"},
+             {"blocks.0.q", "blocks.2.q"}),
+            ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h", "blocks"]}, {"blocks.1.q"}),
+            ({"target_modules": "all-weights", "modules_to_save": ["head"]}, PLAIN - {"head"}),
+            ({"target_modules": ["q", "head"], "modules_to_save": ["head"]},
+             {"blocks.0.q", "blocks.1.q", "blocks.2.q"}),
+            ({"target_modules": ["q", "k"], "ranks": {"blocks.0.q": [2, 2], "blocks.2.k": [1, 1]}},
+             {"blocks.0.q", "blocks.2.k"}),
+        ],
+    )  # fmt: skip
+    def test_of_a_plain_module(self, config, expected):
+        if expected is None:
+            assert_refused(Net(), r"Target modules 'q' not found in the base model", **config)
+        else:
+            assert adapted(Net(), **config) == expected
+
+    @pytest.mark.parametrize(("layers", "expected"), [(0, {0}), ([0, 2], {0, 2})])
+    def test_layers_without_a_pattern(self, layers, expected):
+        """PEFT finds the number of a layer by itself where the list of layers is inside another module."""
+        names = adapted(nn.ModuleDict({"model": Net()}), target_modules=["q"], layers_to_transform=layers)
+        assert names == {f"model.blocks.{n}.q" for n in expected}
+
+    def test_find_targets_changes_nothing_and_says_the_same(self):
+        model = Net()
+        types, _, state = snapshot(model)
+        targets = find_targets(model, FloraConfig(target_modules="all-weights"))
+        assert {target.name for target in targets} == PLAIN
+        assert [target.shape for target in targets if target.name in ("up", "stored", "embed")] == [
+            (9, 4), (4, 4, 2), (4, 4)
+        ]  # fmt: skip
+        assert snapshot(model)[0] == types
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "model_and_pattern", [("all-weights", Net), ("all-linear", Net), ("all-weights", Attention)]
+    )
+    def test_shorthands_are_saved_as_names(self, model_and_pattern, tmp_path):
+        shorthand, build = model_and_pattern
+        model = get_peft_model(build(), FloraConfig(r=2, target_modules=shorthand))
+        model.save_pretrained(tmp_path)
+        saved = FloraConfig.from_pretrained(tmp_path)
+        assert saved.target_modules != shorthand
+        assert adapted(build(), target_modules=saved.target_modules) == {
+            name for name, module in model.base_model.model.named_modules() if isinstance(module, FloraLayer)
+        }
+
+    def test_many_names(self):
+        """PEFT condenses long lists of names to suffixes; the same modules must be meant."""
+        model = nn.ModuleDict({f"m{n}": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.LayerNorm(2)}) for n in range(30)})
+        assert adapted(model, target_modules="all-weights") == {f"m{n}.a" for n in range(30)}
+
+    def test_subclasses_that_compute_the_same_are_adapted(self):
+        class Named(nn.Linear):
+            pass
+
+        assert adapted(nn.Sequential(Named(3, 3)), target_modules="all-weights") == {"0"}
+
+        layer = nn.Linear(3, 3)
+        model = get_peft_model(nn.Sequential(layer, layer), FloraConfig(r=2, target_modules="all-weights"))
+        assert sum(isinstance(m, FloraLayer) for m in model.modules()) == 1
+        x = torch.randn(2, 3)
+        assert torch.equal(
+            model(x), layer.base_layer(layer.base_layer(x)) if hasattr(layer, "base_layer") else model(x)
+        )
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+TOKENS = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def bert():
+    config = transformers.BertConfig(**TINY, vocab_size=20, max_position_embeddings=16)
+    return transformers.BertForSequenceClassification(config)
+
+
+def masked_bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**TINY, vocab_size=20, max_position_embeddings=16))
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **TOKENS)
+    )
+
+
+def llama(tied=False):
+    config = transformers.LlamaConfig(**TINY, **TOKENS, num_key_value_heads=1, tie_word_embeddings=tied)
+    return transformers.LlamaForCausalLM(config)
+
+
+def resnet():
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    return transformers.ResNetForImageClassification(config)
+
+
+def convnext():
+    config = transformers.ConvNextV2Config(hidden_sizes=[4, 6], depths=[1, 1], num_stages=2)
+    return transformers.ConvNextV2ForImageClassification(config)
+
+
+def vit():
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, image_size=8, patch_size=4))
+
+
+BERT_LAYER = {
+    "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+    "intermediate.dense", "output.dense",
+}  # fmt: skip
+BERT_LINEAR = {f"bert.encoder.layer.0.{name}" for name in BERT_LAYER}
+GPT2_LINEAR = {f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+LLAMA_NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LLAMA_NAMES += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+LLAMA_LINEAR = {f"model.layers.0.{name}" for name in LLAMA_NAMES}
+RESNET = {
+    "resnet.embedder.embedder.convolution",
+    "resnet.encoder.stages.0.layers.0.layer.0.convolution",
+    "resnet.encoder.stages.0.layers.0.layer.1.convolution",
+    "resnet.encoder.stages.1.layers.0.shortcut.convolution",
+    "resnet.encoder.stages.1.layers.0.layer.0.convolution",
+    "resnet.encoder.stages.1.layers.0.layer.1.convolution",
+}
+CONVNEXT = {
+    "convnextv2.embeddings.patch_embeddings",
+    "convnextv2.encoder.stages.0.layers.0.dwconv",
+    "convnextv2.encoder.stages.0.layers.0.pwconv1",
+    "convnextv2.encoder.stages.0.layers.0.pwconv2",
+    "convnextv2.encoder.stages.1.downsampling_layer.1",
+    "convnextv2.encoder.stages.1.layers.0.dwconv",
+    "convnextv2.encoder.stages.1.layers.0.pwconv1",
+    "convnextv2.encoder.stages.1.layers.0.pwconv2",
+}
+VIT = {
+    "vit.embeddings.patch_embeddings.projection",
+    "vit.layers.0.attention.q_proj",
+    "vit.layers.0.attention.k_proj",
+    "vit.layers.0.attention.v_proj",
+    "vit.layers.0.attention.o_proj",
+    "vit.layers.0.mlp.fc1",
+    "vit.layers.0.mlp.fc2",
+}
+BERT_EMBEDDINGS = {"bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"}
+
+
+class TestTransformers:
+    """Left out by "all-weights": norms, classifier heads, the output embedding and what is tied to it."""
+
+    @pytest.mark.parametrize(
+        ("build", "expected"),
+        [
+            (bert, {*BERT_LINEAR, *BERT_EMBEDDINGS, "bert.embeddings.word_embeddings", "bert.pooler.dense"}),
+            (masked_bert, {*BERT_LINEAR, *BERT_EMBEDDINGS, "cls.predictions.transform.dense"}),
+            (gpt2, {*GPT2_LINEAR, "transformer.wpe"}),
+            (llama, {*LLAMA_LINEAR, "model.embed_tokens"}),
+            (lambda: llama(tied=True), LLAMA_LINEAR),
+            (resnet, RESNET),
+            (convnext, CONVNEXT),
+            (vit, VIT),
+        ],
+        ids=["bert", "masked bert", "gpt2", "llama", "tied llama", "resnet", "convnext", "vit"],
+    )
+    def test_all_weights(self, build, expected):
+        assert adapted(build(), target_modules="all-weights") == expected
+
+    @pytest.mark.parametrize(
+        ("build", "expected"),
+        [
+            (bert, {*BERT_LINEAR, "bert.pooler.dense"}),
+            (gpt2, GPT2_LINEAR),
+            (llama, LLAMA_LINEAR),
+            (resnet, None),
+        ],
+    )
+    def test_all_linear(self, build, expected):
+        if expected is None:  # no linear layer but the head, which PEFT leaves out for this task
+            with pytest.raises(ValueError, match="No modules were targeted for adaptation"):
+                adapted(build(), target_modules="all-linear", task_type="SEQ_CLS")
+        else:
+            assert adapted(build(), target_modules="all-linear", task_type="SEQ_CLS") == expected
+
+    @pytest.mark.parametrize(
+        ("build", "expected"),
+        [
+            (bert, {"bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.value"}),
+            (gpt2, {"transformer.h.0.attn.c_attn"}),
+            (llama, {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}),
+        ],
+    )
+    def test_none_is_pefts_table(self, build, expected):
+        assert adapted(build()) == expected
+
+    def test_none_for_a_model_that_peft_does_not_know(self):
+        message = (
+            "Please specify `target_modules`: it is None, and PEFT has no default for models of type 'resnet'. "
+            "target_modules='all-weights' adapts every supported layer"
+        )
+        assert_refused(resnet(), message, works=["convolution"])
+
+    def test_none_for_a_plain_module(self):
+        assert_refused(Net(), "Please specify `target_modules`")
+
+    @pytest.mark.parametrize(("build", "head"), [(bert, "classifier"), (vit, "classifier"), (resnet, "classifier")])
+    def test_heads_are_for_modules_to_save(self, build, head):
+        model = get_peft_model(build(), FloraConfig(r=2, target_modules="all-weights", modules_to_save=[head]))
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert any(f"{head}.modules_to_save" in name for name in trainable)
+        assert not any("flora_" in name for name in trainable if head in name)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, as in BiT and ResNet-V2."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class OwnEmbedding(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+REFUSED = {
+    "max_norm": (lambda: nn.Embedding(9, 4, max_norm=1.0), "max_norm rewrites the base weight in forward"),
+    "own forward": (lambda: Scaled(4, 4), "its class Scaled has a forward of its own"),
+    "own convolution": (lambda: Standardised(4, 4, 3), "its class Standardised has a forward of its own"),
+    "own lookup": (lambda: OwnEmbedding(9, 4), "its class OwnEmbedding has a forward of its own"),
+    "weight norm": (lambda: weight_norm(nn.Linear(4, 4)), r"computed from other parameters \(a parametrization\)"),
+    "spectral norm": (
+        lambda: spectral_norm(nn.Conv2d(4, 4, 3)),
+        r"computed from other parameters \(a parametrization\)",
+    ),
+    "lazy": (lambda: nn.LazyLinear(4), "its weight is not initialised yet: run the model once before"),
+    "norm": (lambda: nn.LayerNorm(4), "a LayerNorm is not a supported kind"),
+    "recurrent": (lambda: nn.LSTM(4, 4), "a LSTM is not a supported kind"),
+    "container": (lambda: nn.Sequential(nn.Linear(4, 4)), "a Sequential is not a supported kind"),
+}
+
+
+def beside(module):
+    return nn.ModuleDict({"q": nn.Linear(4, 4), "odd": module})
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", [name for name in REFUSED if name != "lazy"])
+    def test_by_name(self, name):
+        build, reason = REFUSED[name]
+        message = (
+            rf"target_modules=\['odd', 'q'\] matches 1 module that FLoRA cannot adapt: odd \(.*{reason}.*\)\. "
+            "Supported kinds: Linear, Conv1D, Conv1d, Conv2d, Conv3d, ConvTranspose1d, .*, Embedding"
+        )
+        assert_refused(beside(build()), message, target_modules=["q", "odd"])
+
+    @pytest.mark.parametrize("shorthand", ["all-weights", "all-linear"])
+    @pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("lazy", "container")])
+    def test_shorthands_leave_it_out(self, name, shorthand):
+        assert adapted(beside(REFUSED[name][0]()), target_modules=shorthand) == {"q"}
+
+    def test_lazy(self):
+        module = nn.LazyLinear(4)
+        assert why_not("odd", module, beside(module)) == REFUSED["lazy"][1]
+
+    @pytest.mark.parametrize("shorthand", ["all-weights", "all-linear"])
+    def test_multihead_attention_is_left_out(self, shorthand):
+        """Its projection is read, never called; here its name also ends like that of a layer that is adapted."""
+        model, x = Attention(), torch.randn(2, 3, 8)
+        expected = model(x)
+        assert adapted(model, target_modules=shorthand) == {"out_proj", "lin"}
+        torch.testing.assert_close(model(x), expected)
+
+    @pytest.mark.parametrize(
+        ("targets", "reason"),
+        [
+            (["attn.out_proj"], r"attn.out_proj \(nn.MultiheadAttention reads its weight and never calls it\)"),
+            (["attn"], r"attn \(a MultiheadAttention is not a supported kind\)"),
+        ],
+    )
+    def test_multihead_attention_by_name(self, targets, reason):
+        assert_refused(
+            Attention(), f"matches 1 module that FLoRA cannot adapt: {reason}", ["lin"], target_modules=targets
+        )
+
+    def test_several(self):
+        message = r"matches 3 modules that FLoRA cannot adapt: .*norm \(a LayerNorm is not a supported kind\)"
+        assert_refused(Net(), message, target_modules=["norm", "q"])
+
+    def test_another_adapter_for_a_refused_layer(self):
+        model = get_peft_model(Attention(), FloraConfig(r=2, target_modules=["lin"]))
+        with pytest.raises(ValueError, match=r"matches 1 module that FLoRA cannot adapt: attn.out_proj"):
+            model.add_adapter("other", FloraConfig(r=2, target_modules=["attn.out_proj"]))
+        assert list(model.peft_config) == ["default"]
+        model.add_adapter("other", FloraConfig(r=2, target_modules=["lin"]))
+
+
+class TestNothingMatches:
+    @pytest.mark.parametrize(
+        ("targets", "hint"),
+        [
+            (["haed"], r"Target modules \['haed'\] not found in the base model\. Did you mean 'head'"),
+            (["blocks.0.qq"], r"\['blocks.0.qq'\] not found in the base model\. Did you mean 'blocks.0.q'"),
+            (["convv"], r"Did you mean 'conv'"),
+            (["decoder.embed"], r"Did you mean 'embed'"),
+            ("stord", r"Target modules 'stord' not found in the base model\. Did you mean 'stored'"),
+            (["zzzzzz"], r"Target modules \['zzzzzz'\] not found in the base model$"),
+            ([], r"Target modules \[\] not found in the base model$"),
+        ],
+    )
+    def test_suggestions(self, targets, hint):
+        assert_refused(Net(), hint, target_modules=targets)
+
+    def test_layers_that_do_not_exist(self):
+        message = r"\['q'\] not found in the base model with layers_to_transform=\[7\]"
+        assert_refused(Net(), message, target_modules=["q"], layers_to_transform=[7])
+
+    @pytest.mark.parametrize("targets", [["0"], "all-weights", "all-linear"])
+    def test_only_unsupported_layers(self, targets):
+        model = nn.Sequential(nn.LayerNorm(4), nn.LSTM(4, 4), nn.ReLU())
+        message = "LayerNorm.*Supported kinds: Linear, Conv1D, Conv1d, Conv2d, Conv3d, .*, Embedding"
+        assert_refused(model, message, works=(), target_modules=targets)
+
+    def test_everything_is_excluded(self):
+        assert_refused(Net(), "No modules were targeted for adaptation", target_modules=["q"], exclude_modules=["q"])
+
+    def test_ranks_that_name_an_unknown_module(self):
+        message = r"ranks names 1 module that this model does not have, .*: blocks.0.w\. Did you mean 'blocks.0.q'"
+        assert_refused(Net(), message, target_modules=["q", "k"], ranks={"blocks.0.w": [1, 1]})
+
+    def test_adding_an_adapter_that_matches_nothing(self):
+        model = get_peft_model(Net(), FloraConfig(r=2, target_modules=["q"]))
+        before = snapshot(model)[:2]
+        with pytest.raises(ValueError, match="Did you mean 'head'"):
+            model.add_adapter("other", FloraConfig(r=2, target_modules=["haed"]))
+        assert snapshot(model)[:2] == before
+        assert list(model.peft_config) == ["default"]
+
+
+class TestCount:
+    def test_of_a_base_without_its_adapters(self):
+        model = Net()
+        count = sum(p.numel() for p in model.parameters())
+        assert count_base_parameters(model) == count
+        get_peft_model(model, FloraConfig(r=2, target_modules="all-weights"))
+        assert count_base_parameters(model) == count
+
+    def test_of_tied_weights(self):
+        assert count_base_parameters(gpt2()) == sum({id(p): p.numel() for p in gpt2().parameters()}.values())
+        tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        tied[1].weight = tied[0].weight
+        assert count_base_parameters(tied) == 9
