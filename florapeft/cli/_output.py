@@ -1,5 +1,6 @@
 """What every subcommand shares: stages and progress on stderr, results on stdout, errors in one line."""
 
+import logging
 import os
 import traceback
 import warnings
@@ -61,7 +62,7 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
     """Yields the Output of a command; an exception inside becomes one line on stderr and exit code 1."""
     output = Output(as_json)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _notes(output):
             if not debug:
                 _calm(output)
             yield output
@@ -73,6 +74,26 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
         process = f" (process {rank()})" if rank() else ""
         typer.echo(f"error{process}: {one_line(error)}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _notes(output: Output) -> Iterator[None]:
+    """Shows what florapeft logs as notes, each once: a command may attach the same adapter several times."""
+    seen: set[str] = set()
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text not in seen:
+                seen.add(text)
+                output.say(f"note: {text}")
+
+    handler = Notes(logging.WARNING)
+    logging.getLogger("florapeft").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("florapeft").removeHandler(handler)
 
 
 def one_line(error: Exception) -> str:

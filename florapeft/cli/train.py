@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -77,35 +78,29 @@ def _show_job(console: Console, record: dict[str, Any]) -> None:
 
 
 def _show_builtin(console: Console, record: dict[str, Any]) -> None:
-    seeds = len(record["seeds"])
-    table = Table(title=f"{record['description']}; {seeds} seeds", title_justify="left")
-    table.add_column("method")
-    for column in ("test accuracy", "trained parameters", "of the network", "seconds", "on disk"):
-        table.add_column(column, justify="right")
+    title = f"{record['description']}; mean ± standard deviation over {len(record['seeds'])} seeds"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for column in ("accuracy", "parameters", "share", "new head", "seconds", "size"):
+        table.add_column(column, justify="right", no_wrap=True)
     for method in record["methods"]:
-        trained = f"{method['parameters']:,}"
-        if method["head_parameters"]:
-            trained = (
-                f"{trained} + {method['head_parameters']:,} head"
-                if method["parameters"]
-                else f"{method['head_parameters']:,} head"
-            )
         table.add_row(
             method["label"],
             f"{method['accuracy_mean']:.1%} ± {method['accuracy_std']:.1%}",
-            trained,
+            f"{method['parameters']:,}",
             f"{method['share_of_network']:.1%}",
+            f"{method['head_parameters']:,}",
             f"{method['seconds_mean']:.1f}",
             f"{method['bytes'] / 1000:.0f} kB",
         )
     console.print(table)
     gap = record["gap_closed"]
     closed = "not defined (no gap)" if gap is None else f"{gap:.0%}"
-    console.print(f"Share of the gap between new head and full fine-tuning that FLoRA closes: {closed}")
+    console.print(f"FLoRA closes this share of the gap from new head to full fine-tuning: {closed}")
     reload = record["reload"]
     console.print(f"Adapter: {record['adapter']}", soft_wrap=True)
     before, after = reload["accuracy_before"], reload["accuracy"]
     word = "equal" if reload["equal"] else "NOT EQUAL"
     console.print(
-        f"Test accuracy before saving: {before:.2%}; reloaded from disk into a fresh base: {after:.2%} ({word})"
+        f"Its accuracy: {before:.2%}; reloaded from disk into a fresh base: {after:.2%} ({word})", soft_wrap=True
     )

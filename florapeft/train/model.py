@@ -31,7 +31,7 @@ def load_base(task: str, model: str, labels: list[str] | None) -> transformers.P
     A head of another size than the checkpoint's starts anew, at random; set the seed before.
 
     Raises:
-        OSError, ValueError: not found, no safetensors, or not a model for `task`.
+        ValueError, OSError: not found, no safetensors, or not a model for `task`; one line that names it.
     """
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise FileNotFoundError(f"model folder not found: {model}")
@@ -40,7 +40,10 @@ def load_base(task: str, model: str, labels: list[str] | None) -> transformers.P
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: index for index, label in enumerate(labels)}
         arguments["ignore_mismatched_sizes"] = True
-    return _AUTO_CLASS[task].from_pretrained(str(Path(model).expanduser()), **arguments)
+    try:
+        return _AUTO_CLASS[task].from_pretrained(str(Path(model).expanduser()), **arguments)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load model '{model}' for {task}: {' '.join(str(error).split())}") from error
 
 
 def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
@@ -70,7 +73,7 @@ def load_collator(job: Job, base: transformers.PreTrainedModel) -> Callable[[lis
     """What makes a batch of model inputs from rows of data, for the job's task and base model."""
     model, columns = str(Path(job.model).expanduser()), job.data.columns
     if job.task == "image-classification":
-        with _muted("transformers.utils.import_utils"):
+        with muted("transformers.utils.import_utils"):  # it announces at each start that torchvision is not installed
             encode = transformers.AutoImageProcessor.from_pretrained(model)
         mode = "L" if getattr(base.config, "num_channels", 3) == 1 else "RGB"
         return ImageCollator(encode, columns["image"], mode)
@@ -142,8 +145,8 @@ class CausalCollator:
 
 
 @contextmanager
-def _muted(name: str) -> Iterator[None]:
-    """Mutes one logger: the PIL image processors announce at each start that torchvision is not installed."""
+def muted(name: str) -> Iterator[None]:
+    """Mutes one logger up to warnings."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

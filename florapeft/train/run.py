@@ -58,14 +58,14 @@ def run_job(
     say("loading the data")
     examples = load_examples(job, ("train", "validation"), ("train",))
     job.labels = examples.labels
-    if arguments.process_index == 0:
-        atomic_write(output / JOB_FILE, job.to_yaml())
     say(f"loading the model {job.model}")
     transformers.set_seed(arguments.seed)
     base = load_base(job.task, job.model, examples.labels)
     collator = load_collator(job, base)
     model = attach(job, base)
     trainer = make_trainer(job, model, collator, examples, arguments, callbacks)
+    if arguments.process_index == 0:  # not before: a job that fails up to here leaves an empty folder
+        atomic_write(output / JOB_FILE, job.to_yaml())
     say(f"training on {len(examples.splits['train'])} examples")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
