@@ -32,6 +32,7 @@ from florapeft.targets import (
 
 logger = logging.getLogger("florapeft")
 
+_KEY_PARTS = ("flora_core", "flora_factors", "weight")
 _ADAPTER_KEY = re.compile(r"\.flora_(core|factors)\.")
 
 
@@ -66,6 +67,11 @@ class FloraModel(BaseTuner):
 
         Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
         """
+        if adapter_name.isdecimal() or adapter_name in _KEY_PARTS:
+            raise ValueError(
+                f"adapter name {adapter_name!r} is a part of the keys that other adapters are saved under, and PEFT "
+                "would drop those: choose a name that is neither a number nor one of " + ", ".join(_KEY_PARTS)
+            )
         config = self.peft_config[adapter_name]
         given = config.target_modules
         super().inject_adapter(model, adapter_name, *args, **kwargs)
