@@ -365,14 +365,20 @@ class TestDropout:
         assert torch.equal(layer.get_delta_weight("default"), layer.get_delta_weight("default"))
 
     def test_of_one_of_two_adapters(self):
+        """The other one runs with the base; this one beside it."""
         module, x, _ = build("conv2d")
         model, layer = attach(module, flora_dropout=0.5)
         add(model, "second", r=2)
         model.base_model.set_adapter(["default", "second"])
         model.base_model.set_route("dense")
         model.train()
-        layer.tucker("default").core.data.zero_()
-        assert_close(layer(x), expected(module, layer, x, {"second": 1.0}))
+        torch.manual_seed(7)
+        actual = layer(x)
+        torch.manual_seed(7)
+        delta = {"weight": reference(module, layer) - module.weight, "bias": torch.zeros_like(module.bias)}
+        dropped = functional_call(module, delta, (nn.functional.dropout(x, 0.5),))
+        assert_close(actual, expected(module, layer, x, {"second": 1.0}) + dropped)
+        assert convolutions(layer, x) == 2
 
 
 class TestEmbedding:
