@@ -32,6 +32,7 @@ from florapeft.targets import (
 
 logger = logging.getLogger("florapeft")
 
+_PREFIX = "base_model.model."  # of the keys of a PeftModel; a model with injected layers alone has none
 _KEY_PARTS = ("flora_core", "flora_factors", "weight")
 _ADAPTER_KEY = re.compile(r"\.flora_(core|factors)\.")
 
@@ -95,6 +96,12 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
+        for name in peft_config.modules_to_save or ():
+            if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
+                raise ValueError(
+                    f"modules_to_save={list(peft_config.modules_to_save)}: PEFT matches ends of names, and {name!r} is "
+                    f"also the end of an adapter's factor {name}: give a longer name, such as 'model.{name}'"
+                )
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
         if peft_config.budget is not None and peft_config.ranks is None:
@@ -202,16 +209,16 @@ class FloraModel(BaseTuner):
             ValueError: the checkpoint does not fit the model, or is broken; the message says where.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{name}.{key}": value
+        state = model.state_dict()
+        own = tuple(
+            f"{name}.{attribute}.{adapter_name}."
             for name, module in model.named_modules()
             if isinstance(module, FloraLayer)
             for attribute in module.adapter_layer_names
-            if adapter_name in getattr(module, attribute)
-            for key, value in module.state_dict().items()
-            if key.startswith(f"{attribute}.{adapter_name}.")
-        }
-        check_state_dict(remapped, expected, adapter_name)
+        )
+        expected = {key: value for key, value in state.items() if key.startswith(own)}
+        others = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        check_state_dict(remapped, expected, others, adapter_name)
         return remapped
 
 
@@ -219,12 +226,16 @@ def _no_op(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """A hook that does nothing; not a lambda, so that models pickle."""
 
 
-def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adapter_name: str) -> None:
-    """Check an adapter's tensors against the ones they are to be loaded into.
+def check_state_dict(
+    given: dict[str, Tensor], expected: dict[str, Tensor], others: dict[str, Tensor], adapter_name: str
+) -> None:
+    """Check a checkpoint's tensors against the ones they are to be loaded into.
 
     Args:
-        given: tensors by key; keys that are not an adapter's (a new head's, say) are not looked at.
+        given: tensors by key.
         expected: the model's own tensors of this adapter, by key; only their shapes matter.
+        others: what else of the model a checkpoint may hold (a new head, biases, embeddings), by key without PEFT's
+            prefix. Their shapes are for PEFT to check, which can be told to pass over those that differ.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape, not floating point, or not finite.
@@ -237,7 +248,8 @@ def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adap
     own = {key: value for key, value in given.items() if _ADAPTER_KEY.search(key)}
     if missing := sorted(expected.keys() - own.keys()):
         fail("the checkpoint lacks {key}", missing)
-    if extra := sorted(own.keys() - expected.keys()):
+    unknown = {key for key in given.keys() - own.keys() if key.removeprefix(_PREFIX) not in others}
+    if extra := sorted((own.keys() - expected.keys()) | unknown):
         fail("the checkpoint has {key}, for which the model has no place", extra)
     if wrong := [key for key in own if own[key].shape != expected[key].shape]:
         # A factor's rows are the base weight's; everything else is rank.
@@ -246,7 +258,8 @@ def check_state_dict(given: dict[str, Tensor], expected: dict[str, Tensor], adap
         shapes = f"{tuple(own[first].shape)} in the checkpoint and {tuple(expected[first].shape)} in the model"
         hint = "is it for another base model?" if other_base else "was it saved with other ranks than its config says?"
         fail(f"{{key}} has shape {shapes}; {hint}", [first, *(k for k in wrong if k != first)])
-    if integer := [key for key, value in own.items() if not value.is_floating_point()]:
-        fail(f"{{key}} has dtype {own[integer[0]].dtype}, which is not floating point", integer)
-    if broken := [key for key, value in own.items() if not value.is_meta and not torch.isfinite(value).all()]:
+    floating = [key for key in given if others[key.removeprefix(_PREFIX)].is_floating_point()]
+    if integer := [key for key in floating if not given[key].is_floating_point()]:
+        fail(f"{{key}} has dtype {given[integer[0]].dtype}, which is not floating point", integer)
+    if broken := [key for key, value in given.items() if not value.is_meta and not torch.isfinite(value).all()]:
         fail("{key} has values that are not finite", broken)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -284,9 +285,22 @@ class TestOtherFiles:
         assert core.dtype == torch.float32
         assert torch.equal(core, tensors[CORE].to(dtype).float())
 
-    def test_what_is_not_the_adapters_is_not_looked_at(self):
-        given = {"a.flora_core.default.weight": torch.ones(2), "head.weight": torch.tensor([1, 2])}
-        check_state_dict(given, {"a.flora_core.default.weight": torch.ones(2)}, "default")
+    @pytest.mark.parametrize(
+        ("name", "value", "problem"),
+        [
+            ("head.weight", torch.tensor([1.0, torch.nan]), "head.weight has values that are not finite"),
+            ("head.weight", torch.tensor([1, 2]), "head.weight has dtype torch.int64, which is not floating point"),
+            ("body.weight", torch.ones(2), "the checkpoint has body.weight, for which the model has no place"),
+            ("steps", torch.tensor([1, 2]), None),
+            ("base_model.model.head.weight", torch.ones(3), None),  # shapes of what is not ours are PEFT's to check
+        ],
+    )
+    def test_what_is_saved_beside_the_adapter(self, name, value, problem):
+        core = {"a.flora_core.default.weight": torch.ones(2)}
+        others = {**core, "head.weight": torch.ones(2), "steps": torch.tensor([0, 0])}
+        refused = nullcontext() if problem is None else pytest.raises(ValueError, match=re.escape(problem))
+        with refused:
+            check_state_dict({**core, name: value}, core, others, "default")
 
     @pytest.mark.parametrize("version", [0, 2, 99])
     def test_another_format_version(self, version, saved):
