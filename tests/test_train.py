@@ -73,6 +73,7 @@ def test_defaults_of_a_job():
         (["train.output_dir=x"], "train: 'output_dir' cannot be set here: use the job's own `output`"),
         (["adapter.rank=4"], "adapter: FloraConfig has no field 'rank'; did you mean 'ranks'?"),
         (["adapter.task_type=CAUSAL_LM"], "adapter: 'task_type' cannot be set here: it follows from the job"),
+        (["labels=pos"], "labels must be a list of class names, got 'pos'"),
         (["adapter=8"], "adapter must be a group of keys, got 8"),
     ],
 )
@@ -81,6 +82,16 @@ def test_job_errors(changes, message):
         job.parse_job(job.apply_overrides(dict(GOOD), changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_local_paths_are_saved_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").touch()
+    (tmp_path / "m").mkdir()
+    parsed = job.parse_job(GOOD)
+    assert (parsed.model, parsed.data.path) == (str(tmp_path / "m"), str(tmp_path / "d.csv"))
+    parsed = job.parse_job({**GOOD, "model": "hub/id", "data": {"path": {"train": "d.csv", "test": "no.csv"}}})
+    assert (parsed.model, parsed.data.path) == ("hub/id", {"train": str(tmp_path / "d.csv"), "test": "no.csv"})
 
 
 @pytest.mark.parametrize(

@@ -156,12 +156,13 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
     for key in ("adapter", "train"):
         values[key] = dict(_group(values.get(key) or {}, f"{where}: {key}"))
     if values.get("labels") is not None:
+        if not isinstance(values["labels"], list):
+            raise ValueError(f"{where}: labels must be a list of class names, got {_kind(values['labels'])}")
         values["labels"] = [str(label) for label in values["labels"]]
     values["train"] = {**TRAIN_DEFAULTS, **values["train"]}
     check_train_fields(values["train"], f"{where}: train")
     check_adapter_fields(values["adapter"], f"{where}: adapter")
-    if Path(values["model"]).is_dir():
-        values["model"] = str(Path(values["model"]).resolve())
+    values["model"] = _absolute(values["model"])
     return Job(**values)
 
 
@@ -206,6 +207,10 @@ def _data_spec(mapping: Any, task: str, where: str) -> DataSpec:
             if name not in known:
                 raise ValueError(f"{where}.{key}: unknown key '{name}'{closest(str(name), known)}")
     values["columns"] = {**COLUMNS[task], **values["columns"]}
+    if isinstance(values["path"], dict):
+        values["path"] = {role: _absolute(str(file)) for role, file in values["path"].items()}
+    else:
+        values["path"] = _absolute(values["path"])
     holdout = values.get("holdout")
     if holdout is not None and not (isinstance(holdout, float) and 0 < holdout < 1):
         raise ValueError(f"{where}: holdout must be a share between 0 and 1, got {holdout!r}")
@@ -213,6 +218,12 @@ def _data_spec(mapping: Any, task: str, where: str) -> DataSpec:
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(f"{where}: max_length must be a positive whole number, got {length!r}")
     return DataSpec(**values)
+
+
+def _absolute(path: str) -> str:
+    """Local paths in full, so that the saved job can be used from any folder; hub ids as they are."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _fields(cls: type, mapping: Any, where: str) -> dict[str, Any]:
