@@ -261,7 +261,11 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
         build = fold_in + (0.0 if r_out == d_out else 3.0 * kernel * d_in * r_out * d_out)
         operate = middle * kernel * d_in * d_out
         costs["dense"] = build + (operate if fused else step(middle * kernel, d_in, d_out, middle / kernel))
-    return min(costs, key=costs.__getitem__)
+    best = "factored"
+    for route in costs:  # not `min` with a key, at which torch.compile breaks the graph when sizes are symbolic
+        if costs[route] < costs[best]:
+            best = route
+    return best
 
 
 # What writing one activation costs, in multiply-adds: small channel counts are bound by memory, not by arithmetic.
