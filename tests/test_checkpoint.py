@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import OrderedDict
 from contextlib import nullcontext
 
 import pytest
@@ -243,6 +244,72 @@ class TestBroken:
         with pytest.raises(ValueError, match=self.message(message, "default")):
             set_peft_model_state_dict(model, spoil(tensors))
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class TestBesideTheAdapter:
+    """What is saved beside an adapter is checked too."""
+
+    HEAD = "base_model.model.head.weight"
+
+    @staticmethod
+    def new():
+        return get_peft_model(build(), config(modules_to_save=["head"], bias="flora_only"))
+
+    def test_keys(self, tmp_path):
+        self.new().save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        biased = {key.split(".")[2] for key in SHAPES} - {"embed"}
+        biases = {f"base_model.model.{name}.base_layer.bias" for name in biased}
+        assert set(tensors) == {*SHAPES, *biases, self.HEAD, "base_model.model.head.bias"}
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda w: {"base_model.model.head.weight": torch.full_like(w, torch.nan)}, "values that are not finite"),
+            (lambda w: {"base_model.model.head.weight": w.long()}, "dtype torch.int64, which is not floating point"),
+            (
+                lambda w: {"base_model.model.nine.weight": w},
+                "has base_model.model.nine.weight, for which the model has",
+            ),
+            (
+                lambda w: {"base_model.model.linear.base_layer.bias": w[0].fill_(torch.inf)},
+                "values that are not finite",
+            ),
+        ],
+        ids=["NaN head", "integer head", "nobody's", "infinite bias"],
+    )
+    def test_broken(self, spoil, message, tmp_path):
+        self.new().save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        save_file({**tensors, **spoil(torch.ones(2, 8))}, tmp_path / "adapter_model.safetensors")
+        model = self.new()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"^adapter 'default' does not fit this model: .*{message}"):
+            model.load_adapter(tmp_path, "default")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("name", ["0", "1"])
+    def test_a_head_named_like_a_mode_is_refused(self, name):
+        """PEFT would take an adapter's factor for the head."""
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        message = rf"modules_to_save=\['{name}'\]: PEFT matches ends of names"
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, FloraConfig(r=2, target_modules=["0", "1"], modules_to_save=[name]))
+        assert [type(layer) for layer in base] == [nn.Linear, nn.Linear]
+
+    def test_its_full_name_works(self, tmp_path):
+        def new():
+            torch.manual_seed(0)
+            head = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+            return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=head))
+
+        model = get_peft_model(
+            new(), FloraConfig(r=2, target_modules=["body"], modules_to_save=["head.1"], init_weights=False)
+        )
+        model.base_model.model.head[1].modules_to_save["default"].weight.data.add_(1)
+        model.save_pretrained(tmp_path)
+        loaded, x = PeftModel.from_pretrained(new(), tmp_path), torch.randn(3, 4)
+        assert torch.equal(loaded(x), model(x))
 
 
 class TestOtherFiles:
