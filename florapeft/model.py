@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
 from florapeft.layer import FloraLayer
 from florapeft.rank import cap_rank
+from florapeft.support import why_not
 from florapeft.targets import (
     describe,
     describe_caps,
@@ -27,7 +29,7 @@ from florapeft.targets import (
     is_shorthand,
     resolve_ranks,
     solve_budget,
-    why_not,
+    unmatched_names,
 )
 
 logger = logging.getLogger("florapeft")
@@ -75,6 +77,8 @@ class FloraModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         given = config.target_modules
+        if not config.inference_mode:
+            _warn_of_unmatched(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if isinstance(given, set):
             config.target_modules = given
@@ -100,14 +104,15 @@ class FloraModel(BaseTuner):
             if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
                 raise ValueError(
                     f"modules_to_save={list(peft_config.modules_to_save)}: PEFT matches ends of names, and {name!r} is "
-                    f"also the end of an adapter's factor {name}: give a longer name, such as 'model.{name}'"
+                    f"also the end of an adapter's factor {name}: give the full name, such as 'head.{name}'; a module "
+                    f"at the top of the model needs another name than {name!r}"
                 )
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
         if peft_config.budget is not None and peft_config.ranks is None:
             peft_config.ranks = solve_budget(model, targets, peft_config)
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
-        if caps:
+        if caps and not peft_config.inference_mode:
             logger.warning(caps)
         unmatched = set(peft_config.scale_pattern) - {
             get_pattern_key(peft_config.scale_pattern.keys(), target.name) for target in targets
@@ -222,6 +227,17 @@ class FloraModel(BaseTuner):
         return remapped
 
 
+def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:
+    """PEFT passes over names that no module has, as long as another one matches; a misspelt head is not trained."""
+    targets = config.target_modules if isinstance(config.target_modules, set) else set()
+    heads = set(config.modules_to_save or ()) - set(SEQ_CLS_HEAD_NAMES)  # PEFT's task models add both usual names
+    for field, names in (("target_modules", targets), ("modules_to_save", heads)):
+        unmatched = unmatched_names(names, model)
+        if unmatched and (field == "modules_to_save" or len(unmatched) < len(names)):
+            found = "; ".join(unmatched)
+            warnings.warn(f"{field} has names that no module has: {found}", RuntimeWarning, stacklevel=2)
+
+
 def _no_op(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """A hook that does nothing; not a lambda, so that models pickle."""
 
@@ -242,15 +258,15 @@ def check_state_dict(
     """
 
     def fail(problem: str, keys: list[str]) -> None:
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        raise ValueError(f"adapter {adapter_name!r} does not fit this model: {problem.format(key=keys[0])}{more}")
+        first = keys[0] + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+        raise ValueError(f"adapter {adapter_name!r} does not fit this model: {problem.format(key=first)}")
 
     own = {key: value for key, value in given.items() if _ADAPTER_KEY.search(key)}
     if missing := sorted(expected.keys() - own.keys()):
-        fail("the checkpoint lacks {key}", missing)
+        fail("the checkpoint lacks {key}; is it for another base model?", missing)
     unknown = {key for key in given.keys() - own.keys() if key.removeprefix(_PREFIX) not in others}
     if extra := sorted((own.keys() - expected.keys()) | unknown):
-        fail("the checkpoint has {key}, for which the model has no place", extra)
+        fail("the checkpoint has {key}, for which the model has no place; is it for another base model?", extra)
     if wrong := [key for key in own if own[key].shape != expected[key].shape]:
         # A factor's rows are the base weight's; everything else is rank.
         other_base = [k for k in wrong if ".flora_factors." in k and own[k].shape[:1] != expected[k].shape[:1]]

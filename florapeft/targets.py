@@ -1,13 +1,12 @@
-"""Which modules of a model are adapted, at which ranks; which are not, and why."""
+"""Which modules of a model a configuration selects, and at which ranks."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import (
@@ -16,15 +15,17 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper, resolve_quantization_backend
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
-from florapeft.layer import SUPPORTED_KINDS, Embedding, FloraLayer, adapted_kind
+from florapeft.layer import SUPPORTED_KINDS, FloraLayer, adapted_kind
 from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
+from florapeft.support import shared_weights, why_not
+
+SHORTHANDS = (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
 
 # Names that transformers' classes for tasks give their heads, at the top of the model.
 _HEAD_NAMES = (
@@ -38,8 +39,6 @@ _HEAD_NAMES = (
     "head",
     "fc",
 )
-# Methods that read weights for another purpose than computing with them.
-_SETUP_METHODS = ("__init__", "_init", "init_", "tie_", "_tie", "set_", "resize", "_resize", "reset_", "load", "_load")
 
 
 class Target(NamedTuple):
@@ -61,6 +60,17 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     modules = dict(candidates(model))
     names = _select(model, config, modules)
     refused = {name: reason for name in names if (reason := why_not(name, modules[name], model))}
+    shared = shared_weights(model, modules, [name for name in names if name not in refused])
+    if is_shorthand(config.target_modules):
+        refused |= {name: f"its weight is also that of {_listed(others)}" for name, others in shared.items()}
+    elif shared:
+        name, others = next(iter(shared.items()))
+        warnings.warn(
+            f"{_count(shared, 'target')} with a weight that another module has too, as {name} and {_listed(others)}: "
+            "the adapter acts where the target is called, but merging it changes the other module as well",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     adaptable = [name for name in names if name not in refused]
     if refused and not (is_shorthand(config.target_modules) and adaptable):
         raise ValueError(
@@ -153,36 +163,6 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """Why FLoRA cannot adapt this module, or None if it can."""
-    found = adapted_kind(module)
-    if found is None:
-        return f"a {type(module).__name__} is not a supported kind"
-    if resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None) is not None:
-        return "its weight is quantised"
-    kind, layer = found
-    parent_name, _, own_name = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    read, called = _weights_read(type(parent))
-    if own_name in read and own_name not in called:
-        return f"{type(parent).__name__} reads its weight and never calls it"
-    if own_name in read and any(isinstance(getattr(parent, other, None), nn.Conv1d) for other in read):
-        return f"{type(parent).__name__} has a fast path that reads its weight and does not call it"
-    if "weight" not in module._parameters:
-        return "its weight is computed from other parameters (a parametrization)"
-    if is_lazy(module.weight):
-        return "its weight is not initialised yet: run the model once before"
-    if layer is Embedding and module.max_norm is not None:
-        return "max_norm rewrites the base weight in forward"
-    scaled = layer is Embedding and hasattr(module, "embed_scale")
-    inherited = all(
-        getattr(type(module), method, None) is getattr(kind, method, None) for method in ("forward", "_conv_forward")
-    )
-    if not inherited and not scaled:
-        return f"its class {type(module).__name__} has a forward of its own"
-    return None
-
-
 def task_heads(model: nn.Module) -> list[str]:
     """Names of the heads of a transformers task model: its own children of a usual name, or timm's classifier."""
     heads = [name for name in _HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
@@ -191,28 +171,6 @@ def task_heads(model: nn.Module) -> list[str]:
         classifier = get_classifier()
         heads += [name for name, module in model.named_modules() if module is classifier]
     return heads
-
-
-@cache
-def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the submodules whose weight the methods of such a module read, and of those that they call.
-
-    From the source of the class: fused kernels (Mamba's and its successors', peft#2556), torch's attention, queries
-    kept in an embedding. A class without source counts as reading none.
-    """
-    methods = [
-        method
-        for cls in parent.__mro__
-        if issubclass(cls, nn.Module) and cls is not nn.Module
-        for name, method in vars(cls).items()
-        if inspect.isfunction(method) and not name.startswith(_SETUP_METHODS)
-    ]
-    try:
-        source = "\n".join(inspect.getsource(method) for method in methods)
-    except (OSError, TypeError):
-        return frozenset(), frozenset()
-    used = r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)"
-    return frozenset(re.findall(used, source)), frozenset(re.findall(r"self\.(\w+)\(", source))
 
 
 def count_base_parameters(model: nn.Module) -> int:
@@ -240,14 +198,13 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
     else:
         chosen = None
-    if chosen is not None:
-        config = replace(config, target_modules=chosen)
-    matches = {name: check_target_module_exists(config, name) for name in modules}
+    resolved = config if chosen is None else replace(config, target_modules=chosen)
+    matches = {name: check_target_module_exists(resolved, name) for name in modules}
     selected = [name for name, match in matches.items() if match]
     excluded = any(isinstance(match, _ExcludedModule) for match in matches.values())
     dummy = config.target_modules == DUMMY_TARGET_MODULES
     if not selected and not excluded and not dummy:
-        raise ValueError(_nothing_matches(config, modules))
+        raise ValueError(_nothing_matches(model, config, modules))
     return selected
 
 
@@ -281,38 +238,43 @@ def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:
         )
 
 
-def _nothing_matches(config: FloraConfig, modules: dict[str, nn.Module]) -> str:
-    kinds = sorted({type(m).__name__ for m in modules.values() if not next(m.children(), None)})
-    if not any(adapted_kind(m) for m in modules.values()):
-        return (
-            f"Target modules {_shown(config.target_modules)} not found in the base model: it has no layer that FLoRA "
-            f"adapts. It has: {', '.join(kinds)}. Supported kinds: {', '.join(SUPPORTED_KINDS)}"
-        )
+def unmatched_names(names: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of `names` that no module of the model has, nor ends with, each with a suggestion."""
+    known = [name for name, _ in model.named_modules()]
+    return [
+        name + _closest(name, known)
+        for name in sorted(names)
+        if not any(other == name or other.endswith(f".{name}") for other in known)
+    ]
+
+
+def _nothing_matches(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> str:
     asked = config.target_modules
     problem = f"Target modules {_shown(asked)} not found in the base model"
+    if not modules:
+        return f"{problem}: the {type(model).__name__} has no module inside it to adapt; wrap it in an nn.Module"
+    if not any(adapted_kind(module) for module in modules.values()):
+        kinds = sorted({type(m).__name__ for m in modules.values() if not next(m.children(), None)})
+        supported = ", ".join(SUPPORTED_KINDS)
+        return f"{problem}: no layer of it is of a supported kind. It has: {', '.join(kinds)}. Supported: {supported}"
     if config.layers_to_transform is not None:
-        return (
-            f"{problem} with layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}"
-        )
+        restriction = f"layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}"
+        return f"{problem} with {restriction}"
     first = asked if isinstance(asked, str) else min(asked, default="")
-    return problem + _closest(first, modules)
+    return problem + _closest(first, [*modules, *SHORTHANDS])
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
-    """`. Did you mean …?`, or nothing."""
+    """`. Did you mean …?`, or nothing; full names before last parts of names."""
     names = list(names)
+    lasts = sorted({known.rpartition(".")[2] for known in names})
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    if not close:
-        close = difflib.get_close_matches(
-            name.rpartition(".")[2], sorted({n.rpartition(".")[2] for n in names}), n=3, cutoff=0.5
-        )
+    close = close or difflib.get_close_matches(name.rpartition(".")[2], lasts, n=3, cutoff=0.5)
     return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def is_shorthand(target_modules: object, *shorthands: str) -> bool:
-    return isinstance(target_modules, str) and target_modules.lower() in (
-        shorthands or (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
-    )
+    return isinstance(target_modules, str) and target_modules.lower() in (shorthands or SHORTHANDS)
 
 
 def _shown(target_modules: object) -> object:

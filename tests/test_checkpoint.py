@@ -163,25 +163,34 @@ def without(tensors, key):
 LINEAR = "base_model.model.linear.flora_"
 CORE, ROWS = f"{LINEAR}core.weight", f"{LINEAR}factors.0.weight"
 BROKEN = {
-    "missing core": (lambda t: without(t, CORE), r"the checkpoint lacks .*linear\.flora_core\.NAME\.weight$"),
-    "missing factor": (lambda t: without(t, ROWS), r"lacks .*linear\.flora_factors\.NAME\.0\.weight$"),
-    "everything missing": (lambda t: {}, r"the checkpoint lacks .* and 34 more$"),
+    "missing core": (
+        lambda t: without(t, CORE),
+        r"the checkpoint lacks .*linear\.flora_core\.NAME\.weight; is it for another base model\?$",
+    ),
+    "missing factor": (
+        lambda t: without(t, ROWS),
+        r"lacks .*linear\.flora_factors\.NAME\.0\.weight; is it for another base model\?$",
+    ),
+    "everything missing": (lambda t: {}, r"the checkpoint lacks .* \(and 34 more\); is it for another base model\?$"),
     "extra factor": (
         lambda t: {**t, "base_model.model.whole.flora_factors.0.weight": torch.ones(2, 2)},
-        r"the checkpoint has base_model\.model\.whole\.flora_factors\.0\.weight, for which the model has no place$",
+        r"the checkpoint has base_model\.model\.whole\.flora_factors\.0\.weight, for which the model has no place; "
+        r"is it for another base model\?$",
     ),
     "extra layer": (
         lambda t: {**t, "base_model.model.nowhere.flora_core.weight": torch.ones(2, 2)},
-        r"the checkpoint has base_model\.model\.nowhere\.flora_core\.weight, for which the model has no place$",
+        r"the checkpoint has base_model\.model\.nowhere\.flora_core\.weight, for which the model has no place; "
+        r"is it for another base model\?$",
     ),
     "unknown mode": (
         lambda t: {**t, f"{LINEAR}factors.7.weight": torch.ones(2, 2)},
-        r"the checkpoint has .*linear\.flora_factors\.7\.weight, for which the model has no place$",
+        r"the checkpoint has .*linear\.flora_factors\.7\.weight, for which the model has no place; "
+        r"is it for another base model\?$",
     ),
     "unknown rank": (
         lambda t: {**t, CORE: torch.ones(4, 3), ROWS: torch.ones(8, 4)},
-        r"linear\.flora_core\.NAME\.weight has shape \(4, 3\) in the checkpoint and \(3, 3\) in the model; "
-        r"was it saved with other ranks than its config says\? and 1 more$",
+        r"linear\.flora_core\.NAME\.weight \(and 1 more\) has shape \(4, 3\) in the checkpoint and \(3, 3\) in the "
+        r"model; was it saved with other ranks than its config says\?$",
     ),
     "another base": (
         lambda t: {**t, ROWS: torch.ones(16, 3)},
@@ -327,7 +336,8 @@ class TestOtherFiles:
         base = build()
         del base["linear"]
         with pytest.raises(
-            ValueError, match=r"the checkpoint has .*linear\.flora_core\.weight, for which the model has no place"
+            ValueError,
+            match=r"the checkpoint has .*linear\.flora_core\.weight \(and 2 more\), for which the model has no",
         ):
             PeftModel.from_pretrained(base, folder)
 

@@ -360,7 +360,7 @@ class TestBeside:
 
     @pytest.mark.parametrize("base", [bert, gpt2])
     def test_trainable_tokens(self, base, tmp_path):
-        targets = ["query", "c_attn"]
+        targets = "all-linear"
         model = get_peft_model(base(), config(target_modules=targets, trainable_token_indices=[3, 5]))
         train(model)
         model.save_pretrained(tmp_path)
