@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 BUILTIN_SETTINGS: dict[str, dict[str, Any]] = {
     "adapter": {"target_modules": "all-weights", "r": 4, "modules_to_save": ["classifier"]},
     "train": {
-        "learning_rate": {"head": 1e-1, "flora": 3e-2, "full": 1e-3},
+        "learning_rate": {"head": 1e-1, "flora": 3e-2, "full": 2e-3},
         "num_train_epochs": 12,
         "per_device_train_batch_size": 64,
         "lr_scheduler_type": "cosine",
