@@ -216,6 +216,7 @@ class TestSeveralAdapters:
         only_lin = out(model)
         model.add_adapter("other", config(target_modules=["conv", "embed"]))
         assert torch.equal(out(model), only_lin)
+        assert all(".default." in name for name in trainable(model))
         model.set_adapter("other")
         alone = get_peft_model(net(), config(target_modules=["conv", "embed"]))
         alone.load_state_dict(
