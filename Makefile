@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # Two workers, each on one core; PYTEST_ARGS adds to them: make test PYTEST_ARGS="-k conv"
 PYTEST_ARGS ?=
+# Where the data sets of `make bench` lie
+DATA ?= ../shared/data
 
 .PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
-	$(BIN)/python benchmarks/starts.py
+	$(BIN)/python benchmarks/starts.py --data $(DATA)
 
 clean:  ## remove .venv, build output and caches; results and adapters stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
