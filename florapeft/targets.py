@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
-    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -199,12 +198,12 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
     else:
         chosen = None
     resolved = config if chosen is None else replace(config, target_modules=chosen)
-    matches = {name: check_target_module_exists(resolved, name) for name in modules}
-    selected = [name for name, match in matches.items() if match]
-    excluded = any(isinstance(match, _ExcludedModule) for match in matches.values())
-    dummy = config.target_modules == DUMMY_TARGET_MODULES
-    if not selected and not excluded and not dummy:
-        raise ValueError(_nothing_matches(model, config, modules))
+    selected = [name for name in modules if check_target_module_exists(resolved, name)]
+    if not selected and config.target_modules != DUMMY_TARGET_MODULES:
+        # Where everything that matches is excluded, PEFT says so itself.
+        unrestricted = replace(resolved, exclude_modules=None, modules_to_save=None)
+        if not any(check_target_module_exists(unrestricted, name) for name in modules):
+            raise ValueError(_nothing_matches(model, config, modules))
     return selected
 
 

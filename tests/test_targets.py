@@ -178,6 +178,11 @@ class TestSelection:
         with pytest.warns(RuntimeWarning, match="a weight that another module has too, as 0 and 2"):
             assert adapted(build(), target_modules=["0"]) == {"0"}
 
+    def test_a_misspelt_name_beside_a_head_gets_a_suggestion(self):
+        model = nn.ModuleDict({"query": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
+        with pytest.raises(ValueError, match=r"Target modules \['qery'\] not found .* Did you mean 'query'"):
+            get_peft_model(model, FloraConfig(r=2, target_modules=["qery"], modules_to_save=["head"]))
+
     @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
     def test_a_misspelt_name_beside_a_right_one_is_warned_of(self, field):
         model = nn.ModuleDict({"query": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
