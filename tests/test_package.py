@@ -33,7 +33,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     """Run `code` in a fresh interpreter; `loaded()` in it prints those of `EXTRAS_ONLY` that are loaded by then."""
     loaded = f"import sys\ndef loaded():\n    print(*[m for m in {EXTRAS_ONLY!r} if m in sys.modules])\n"
     command = [sys.executable, "-c", loaded + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 class TestImport:
