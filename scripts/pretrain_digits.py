@@ -136,7 +136,8 @@ def choose() -> None:
     torch.set_num_threads(1)
     task = load_digits_task("target")
     record: dict[str, Any] = {"command": f"{COMMAND} --choose", "split": "validation", "seeds": CHOICE_SEEDS}
-    record |= {"settings": BUILTIN_SETTINGS, "versions": versions(), "methods": {method: [] for method in CHOICES}}
+    record["train"] = {key: value for key, value in BUILTIN_SETTINGS["train"].items() if key != "learning_rate"}
+    record |= {"versions": versions(), "methods": {method: [] for method in CHOICES}}
     for method, choices in CHOICES.items():
         for choice in choices:
             found = [validation_accuracy(method, seed, task, choice) for seed in CHOICE_SEEDS]

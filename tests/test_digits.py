@@ -1,6 +1,7 @@
 """The built-in data and network: nothing of a split is seen in another, and the network is what its card says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +145,13 @@ def test_settings_are_what_flora_config_and_the_trainer_take(tmp_path):
     rates = fields.pop("learning_rate")
     assert set(rates) == {"head", "flora", "full"}
     TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
+def test_settings_are_the_best_on_the_validation_split():
+    record = json.loads((Path(__file__).parents[1] / "benchmarks/results/builtin_settings.json").read_text())
+    assert record["split"] == "validation"
+    best = {method: max(found, key=lambda row: row["mean"]) for method, found in record["methods"].items()}
+    train = dict(BUILTIN_SETTINGS["train"])
+    assert {method: row["learning_rate"] for method, row in best.items()} == train.pop("learning_rate")
+    assert best["flora"]["r"] == BUILTIN_SETTINGS["adapter"]["r"]
+    assert record["train"] == train
