@@ -114,6 +114,12 @@ class FloraModel(BaseTuner):
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
         if caps and not peft_config.inference_mode:
             logger.warning(caps)
+        norms = sum(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules())
+        if norms and not peft_config.inference_mode:
+            logger.warning(
+                f"This model has {norms} batch norms, whose running statistics change in train mode and are not saved "
+                "with an adapter: keep them in eval mode while training, or save the merged model"
+            )
         unmatched = set(peft_config.scale_pattern) - {
             get_pattern_key(peft_config.scale_pattern.keys(), target.name) for target in targets
         }

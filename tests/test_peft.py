@@ -590,3 +590,30 @@ class TestRegistration:
             in run.stdout
         )
         assert run.returncode == 0, run.stderr
+
+
+class TestNotes:
+    """What is said once per model when an adapter is attached, and not again when it is loaded."""
+
+    def attach(self, model, caplog):
+        with caplog.at_level("WARNING", logger="florapeft"):
+            adapted = get_peft_model(model, FloraConfig(r=4, target_modules="all-weights"))
+        notes = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return adapted, notes
+
+    def test_capped_ranks(self, caplog):
+        _, notes = self.attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)), caplog)
+        assert notes == ["Ranks above a mode's size are capped: 0 mode 1: 4 -> 3; 1 mode 0: 4 -> 2"]
+
+    def test_running_statistics(self, caplog, tmp_path):
+        def build():
+            return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False))
+
+        adapted, notes = self.attach(build(), caplog)
+        assert len(notes) == 1
+        assert notes[0].startswith("This model has 1 batch norms, whose running statistics change in train mode")
+        adapted.save_pretrained(tmp_path)
+        with caplog.at_level("WARNING", logger="florapeft"):
+            PeftModel.from_pretrained(build(), tmp_path)
+        assert caplog.records == []
