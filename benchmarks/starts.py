@@ -100,8 +100,9 @@ def compare(name: str, data: Path, path: Path) -> None:
         return runs[-1]
 
     summary = {}
-    for start in STARTS:
-        best = max((run(start, rate, SEEDS[0]) for rate in setting.rates), key=lambda r: r["validation"])
+    for start in reversed(STARTS):
+        tried = [run(start, rate, SEEDS[0]) for rate in setting.rates]
+        best = max(tried, key=lambda r: (r["validation"], -r["final_loss"]))
         final = [run(start, best["rate"], seed) for seed in SEEDS]
         scores = [r["test"] for r in final]
         summary[start] = {
