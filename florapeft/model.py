@@ -22,6 +22,7 @@ from florapeft.layer import FloraLayer
 from florapeft.rank import cap_rank
 from florapeft.support import why_not
 from florapeft.targets import (
+    Target,
     describe,
     describe_caps,
     exact_targets,
@@ -100,36 +101,18 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
-        for name in peft_config.modules_to_save or ():
-            if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
-                raise ValueError(
-                    f"modules_to_save={list(peft_config.modules_to_save)}: PEFT matches ends of names, and {name!r} is "
-                    f"also the end of an adapter's factor {name}: give the full name, such as 'head.{name}'; a module "
-                    f"at the top of the model needs another name than {name!r}"
-                )
+        _check_modules_to_save(peft_config, targets)
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
         if peft_config.budget is not None and peft_config.ranks is None:
             peft_config.ranks = solve_budget(model, targets, peft_config)
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
-        if caps and not peft_config.inference_mode:
-            logger.warning(caps)
-        norms = sum(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules())
-        if norms and not peft_config.inference_mode:
-            logger.warning(
-                f"This model has {norms} batch norms, whose running statistics change in train mode and are not saved "
-                "with an adapter: keep them in eval mode while training, or save the merged model"
-            )
-        unmatched = set(peft_config.scale_pattern) - {
-            get_pattern_key(peft_config.scale_pattern.keys(), target.name) for target in targets
-        }
-        if unmatched:
-            warnings.warn(
-                f"The following scale_pattern keys did not match any targeted module and were ignored: "
-                f"{sorted(unmatched)}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if not peft_config.inference_mode:
+            _note_what_to_know(caps, model)
+        keys = peft_config.scale_pattern.keys()
+        if unmatched := set(keys) - {get_pattern_key(keys, target.name) for target in targets}:
+            found = sorted(unmatched)
+            warnings.warn(f"scale_pattern has keys that match no target: {found}", RuntimeWarning, stacklevel=2)
 
     @staticmethod
     def _check_target_module_exists(peft_config: FloraConfig, key: str) -> Any:
@@ -231,6 +214,29 @@ class FloraModel(BaseTuner):
         others = {key.removeprefix(_PREFIX): value for key, value in state.items()}
         check_state_dict(remapped, expected, others, adapter_name)
         return remapped
+
+
+def _check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
+    """PEFT looks for names to save by their ends, also among an adapter's own modules, which are named by mode."""
+    for name in config.modules_to_save or ():
+        if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
+            raise ValueError(
+                f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
+                f"end of an adapter's factor {name}: give the full name, such as 'head.{name}'; a module at the top of "
+                f"the model needs another name than {name!r}"
+            )
+
+
+def _note_what_to_know(caps: str | None, model: nn.Module) -> None:
+    """Logs, once per attached adapter, what its user should know."""
+    if caps:
+        logger.warning(caps)
+    norms = sum(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules())
+    if norms:
+        logger.warning(
+            f"This model has {norms} batch norms, whose running statistics change in train mode and are not saved "
+            "with an adapter: keep them in eval mode while training, or save the merged model"
+        )
 
 
 def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:
