@@ -183,7 +183,7 @@ def check_train_fields(train: Mapping[str, Any], where: str) -> None:
 
 
 def check_adapter_fields(adapter: Mapping[str, Any], where: str) -> None:
-    """Unknown FloraConfig fields are errors; values are FloraConfig's own business."""
+    """Unknown FloraConfig fields are errors, and values that FloraConfig refuses, before anything is written."""
     from florapeft import FloraConfig
 
     fields = {field.name for field in dataclasses.fields(FloraConfig) if field.init}
@@ -192,6 +192,10 @@ def check_adapter_fields(adapter: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: '{key}' cannot be set here: it follows from the job")
         if key not in fields:
             raise ValueError(f"{where}: FloraConfig has no field '{key}'{closest(key, fields)}")
+    try:
+        FloraConfig(**adapter)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
