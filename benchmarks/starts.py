@@ -43,9 +43,7 @@ class Setting:
 
 SETTINGS = {
     "cifar100": Setting((1e-3, 3e-3, 1e-2), 6, 64, {"r": 8, "target_modules": r".*(conv1|conv2)"}, 1e-2),
-    "cola": Setting(
-        (1e-4, 3e-4, 1e-3, 3e-3), 3, 16, {"r": 8, "target_modules": ["query", "key", "value", "dense"]}, 1e-3
-    ),
+    "cola": Setting((3e-4, 1e-3, 3e-3), 3, 16, {"r": 8, "target_modules": ["query", "key", "value", "dense"]}, 1e-3),
 }
 
 
@@ -88,7 +86,8 @@ def compare(name: str, data: Path, path: Path) -> None:
     """Choose a rate per start, then run the other seeds with it; every finished run is kept in `path`."""
     task, setting = tasks.TASKS[name](data), SETTINGS[name]
     results = record.read(path)
-    runs = results.setdefault(name, {"setting": asdict(setting), "score": task.score_name, "runs": []})["runs"]
+    runs = results.setdefault(name, {"score": task.score_name, "runs": []})["runs"]
+    results[name]["setting"] = asdict(setting)
 
     def run(start: str, rate: float, seed: int) -> dict[str, Any]:
         for done in runs:

@@ -8,10 +8,11 @@ sets the size of the first steps (Adam moves every entry that has a gradient by 
     variance      core 0; factor n: normal of std 1/√r_n, for which an entry of dW moves by about lr whatever the order
                   and the rank. The *spectral norm* of that first step grows like lr · √(Π d_n), as in full
                   fine-tuning, so a rate that suits LoRA is too high on wide layers.
-    zero_output   output factor 0; the other factors and the core's output unfolding orthonormal. On a linear layer the
-                  first step has spectral norm ≈ lr · √(d_out r_out), LoRA's own (up to the norm of LoRA's A, about 0.6,
-                  and its alpha / r), so LoRA's learning rates carry over at every width. Where the output mode is kept
-                  whole, there is no output factor and the core is zero instead.
+    zero_output   output factor 0; the other factors orthonormal, and the core's output unfolding too, times 1/√3: the
+                  singular values of LoRA's A (kaiming_uniform with a = √5) on a wide layer. The first step on a linear
+                  layer then has the spectral norm of LoRA's at alpha = r, ≈ lr · √(d_out r_out / 3), so that LoRA's
+                  learning rates carry over at every width. Where the output mode is kept whole, there is no output
+                  factor, and the core is zero instead.
 
 The rows of an embedding's input factor are looked up one at a time, so they, not its columns, are given the size that a
 linear layer's `Uᵀx` has for an `x` of unit variance: orthonormal columns times `√num`.
@@ -69,10 +70,12 @@ def initialize(tucker: Tucker, start: bool | str, *, input_mode: int, output_mod
         tucker.core.zero_()
     else:
         _orthonormal_(tucker.core.movedim(output_mode, 0))
+        tucker.core.mul_(_LORA_GAIN)
         output_factor.zero_()
 
 
 _RANDOM_SIZE = 0.3
+_LORA_GAIN = 3**-0.5
 
 
 def _orthonormal_(tensor: Tensor) -> None:
