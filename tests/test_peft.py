@@ -19,8 +19,6 @@ from transformers.pytorch_utils import Conv1D
 import florapeft
 from florapeft import FloraConfig, FloraLayer
 
-# PEFT asks the model in the older way.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 second_time = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 
 BODY = ["embed", "conv", "up", "stored", "lin"]

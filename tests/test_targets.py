@@ -11,9 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from florapeft import FloraConfig, FloraLayer
 from florapeft.targets import count_base_parameters, find_targets, why_not
 
-# PEFT asks the model in the older way.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 class Block(nn.Module):
     def __init__(self):
