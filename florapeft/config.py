@@ -39,6 +39,8 @@ class FloraConfig(PeftConfig):
             name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`).
         target_modules: list of names or suffixes, a regular expression, "all-linear" or "all-weights"; None takes
             PEFT's table for models it knows.
+        target_parameters: list of names or suffixes of bare parameters of any order: stacks of experts, norm gains,
+            biases, matrices that no layer holds. A vector's update is a vector. "all-weights" adds stacks of experts.
         exclude_modules: list of names or suffixes, or a regular expression, of modules to leave alone.
         rank_pattern: `{name, suffix or regular expression of a module: rank}`, which overrides `r`.
         scale_pattern: the same for `scale`.
@@ -47,6 +49,8 @@ class FloraConfig(PeftConfig):
         layers_pattern: name of the module list that `layers_to_transform` counts in.
         modules_to_save: modules that are trained and saved in full, such as a new head.
         trainable_token_indices: rows of the input embedding to train in full, as in PEFT's LoraConfig.
+        save_batch_norm: keep a set of running statistics per adapter for every batch norm, and save it with the
+            adapter. Without it, what training changes in them is lost, as in every adapter of PEFT's.
         format_version: of the saved adapter; a newer one than this release knows is refused.
 
     Raises:
@@ -72,6 +76,9 @@ class FloraConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, a regular expression, 'all-linear' or 'all-weights'."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of bare parameters, such as stacks of experts."}
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
     )
@@ -94,6 +101,9 @@ class FloraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the input embedding to train in full."}
     )
+    save_batch_norm: bool = field(
+        default=False, metadata={"help": "Keep the batch norms' running statistics with the adapter."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
 
     def __post_init__(self) -> None:
@@ -104,6 +114,10 @@ class FloraConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if self.target_parameters is not None:
+            self.target_parameters = sorted(self.target_parameters)
+        if not isinstance(self.save_batch_norm, bool):
+            raise TypeError(f"save_batch_norm must be True or False, got {self.save_batch_norm!r}")
         self._validate_ranks()
         self._validate_budget()
         self._validate_numbers()
@@ -123,6 +137,7 @@ class FloraConfig(PeftConfig):
             **dict.fromkeys(("rank_pattern", "scale_pattern"), (dict,)),
             "ranks": (dict, type(None)),
             **dict.fromkeys(("target_modules", "exclude_modules"), (list, tuple, set, str, type(None))),
+            "target_parameters": (list, tuple, set, type(None)),
             "layers_to_transform": (list, tuple, int, type(None)),
             "format_version": (int,),
         }

@@ -1,4 +1,4 @@
-"""The adapted layers: one class that holds adapters and their life cycle, one small class per kind of layer.
+"""The adapted layer: what holds adapters of one or several frozen weights, and their life cycle.
 
               ┌───────────────── base_layer (frozen W) ─────────────────┐
 x ────────────┤                                                         (+)──▶ y
@@ -10,17 +10,19 @@ x ────────────┤                                       
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, Conv1D, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from florapeft import contract
 from florapeft.config import FloraConfig
-from florapeft.init import initialize
 from florapeft.tucker import Tucker
 
 
@@ -35,17 +37,55 @@ class AdapterWeight(nn.Module):
         return ", ".join(map(str, self.weight.shape))
 
 
-class FloraLayer(nn.Module, BaseTunerLayer):
-    """A layer with a frozen weight of any order and, per adapter, a Tucker update of it.
+def adapter_tensors(shape: Sequence[int], rank: Sequence[int]) -> tuple[AdapterWeight, nn.ModuleDict]:
+    """A core and, by mode, the factors of the modes that are not kept whole; not initialised."""
+    factors = {str(mode): AdapterWeight((d, r)) for mode, (d, r) in enumerate(zip(shape, rank, strict=True)) if r < d}
+    return AdapterWeight(rank), nn.ModuleDict(factors)
 
-    Subclasses say which linear map the layer computes. Everything else is written once, here.
+
+def as_tucker(core: AdapterWeight, factors: nn.ModuleDict) -> Tucker:
+    """The parameters themselves, not copies, in Tucker form."""
+    modes = map(str, range(core.weight.ndim))
+    return Tucker(core.weight, tuple(factors[mode].weight if mode in factors else None for mode in modes))
+
+
+class FloraWrapper(nn.Module, BaseTunerLayer):
+    """Any module of this package that stands in the place of one of the model's.
 
     Args:
-        base_layer: the layer to adapt, or another tuner's layer around it.
+        base_layer: the module in whose place it stands, or another tuner's layer around it.
         adapter_name: name of the first adapter.
-        rank: its rank per mode, at most the mode's size.
-        config: its configuration.
-        scale: its multiplier, where `config.scale_pattern` overrides `config.scale`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+
+    def __getattr__(self, name: str) -> Any:
+        """What the code around the layer asks of the base layer, such as `stride` or `num_experts`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, while the layer is copied or unpickled
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "flora." + super().__repr__()
+
+
+class FloraLayer(FloraWrapper):
+    """A module with frozen weights of any order and, per adapter, a Tucker update of each.
+
+    Subclasses say which weights those are and how the updates act. Everything else is written once, here.
+
+    Args:
+        base_layer: the module to adapt, or another tuner's layer around it.
+        adapter_name: name of the first adapter.
+        model: the model that the module is a part of, which knows how its weights were quantised.
 
     Attributes:
         route: which route computes the update: "auto", or one of `florapeft.contract.ROUTES`.
@@ -54,179 +94,170 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("flora_core", "flora_factors")
     other_param_names = ("flora_dropout", "scaling", "initial_scaling")
 
-    # Forward functions of the torch classes whose output is bias + operation(x, weight) and nothing else.
-    plain_forwards: ClassVar[tuple[Any, ...]] = ()
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, rank: Sequence[int], config: FloraConfig, scale: float
-    ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+    def __init__(self, base_layer: nn.Module, adapter_name: str, model: nn.Module) -> None:
+        super().__init__(base_layer, adapter_name)
         self.flora_core = nn.ModuleDict()
         self.flora_factors = nn.ModuleDict()
         self.flora_dropout = nn.ModuleDict()
+        self.quantization_backend = quantization_backend(self.get_base_layer(), model)
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
+        self._before_merge: tuple[nn.Module, ...] = ()  # a tuple, so that it is no submodule
         self.cast_input_dtype_enabled = True
         self.route = "auto"
-        self._active_adapter = adapter_name
-        modes = self.modes_of(self.get_base_layer())
-        shape = self.get_base_layer().weight.shape
-        # Under the names that PEFT and its users look for.
-        self.in_features, self.out_features = shape[modes[0]], shape[modes[1]]
-        self.update_layer(adapter_name, rank, config, scale)
 
-    @staticmethod
-    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
-        """Input and output mode of the weight of such a layer."""
+    def update_layer(
+        self, adapter_name: str, weight_name: str, rank: Sequence[int], config: FloraConfig, scale: float
+    ) -> None:
+        """Create the adapter's tensors for one weight, start them, and bring them to the weight's device.
+
+        Args:
+            adapter_name: the adapter.
+            weight_name: the weight, by its name in the base layer.
+            rank: one rank per mode, at most the mode's size.
+            config: the adapter's configuration.
+            scale: its multiplier here, where `config.scale_pattern` overrides `config.scale`.
+        """
         raise NotImplementedError
 
-    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Operation:
-        """The base layer's linear map, with the settings that the base layer has now, for these arguments."""
+    def tuckers(self, adapter_name: str) -> dict[str, Tucker]:
+        """The adapter's core and factors, without its scale, of every weight, by its name in the base layer."""
         raise NotImplementedError
 
-    def update_layer(self, adapter_name: str, rank: Sequence[int], config: FloraConfig, scale: float) -> None:
-        """Create the adapter's tensors, start them, and bring them to the base layer's device."""
-        shape = self.get_base_layer().weight.shape
-        self.flora_core[adapter_name] = AdapterWeight(rank)
-        self.flora_factors[adapter_name] = nn.ModuleDict(
-            {str(mode): AdapterWeight((d, r)) for mode, (d, r) in enumerate(zip(shape, rank, strict=True)) if r < d}
-        )
+    def target_name(self, module_name: str, weight_name: str) -> str:
+        """The name of one of the weights as a target, for a layer of this name."""
+        return module_name
+
+    def scale_of(self, adapter_name: str, weight_name: str) -> float:
+        """The multiplier of this adapter's update of this weight."""
+        return self.scaling[adapter_name]
+
+    def adapted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with the updates of the adapters `active`, at least one, all of which are here."""
+        raise NotImplementedError
+
+    def mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """As `adapted_forward`, with the n-th adapter for the n-th sample; one that is not here changes nothing."""
+        raise NotImplementedError
+
+    def start_adapter(self, adapter_name: str, config: FloraConfig, scale: float) -> None:
+        """What remains to be done when the adapter's tensors are there."""
         dropout = config.flora_dropout
         self.flora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = float(scale)
-        input_mode, output_mode = self.modes_of(self.get_base_layer())
-        initialize(
-            self.tucker(adapter_name),
-            config.init_weights,
-            input_mode=input_mode,
-            output_mode=output_mode,
-            lookup=isinstance(self, Embedding),
-        )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def tucker(self, adapter_name: str) -> Tucker:
-        """The adapter's core and factors (the parameters themselves, not copies), without its scale."""
-        factors = self.flora_factors[adapter_name]
-        core = self.flora_core[adapter_name].weight
-        return Tucker(
-            core, tuple(factors[str(mode)].weight if str(mode) in factors else None for mode in range(core.ndim))
-        )
+    def delta_weights(self, adapter_name: str) -> dict[str, Tensor]:
+        """`scale · dW` in the base weights' shapes, in at least float32, on the adapter's device."""
+        return {
+            name: self.expand(name, tucker, self.scale_of(adapter_name, name))
+            for name, tucker in self.tuckers(adapter_name).items()
+        }
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`scale · dW` in the base weight's shape, in at least float32, on the adapter's device."""
-        tucker, dtype = self.tucker(adapter_name), self._delta_dtype(adapter_name)
+    def expand(self, weight_name: str, tucker: Tucker, scale: float) -> Tensor:
+        """`scale ·` the update that `tucker` stands for, in at least float32."""
+        dtype = torch.promote_types(tucker.core.dtype, torch.float32)
         factors = tuple(None if f is None else f.to(dtype) for f in tucker.factors)
-        return contract.expand(Tucker(tucker.core.to(dtype), factors), self.scaling[adapter_name])
+        return contract.expand(Tucker(tucker.core.to(dtype), factors), scale)
 
-    def _delta_dtype(self, adapter_name: str) -> torch.dtype:
-        return torch.promote_types(self.flora_core[adapter_name].weight.dtype, torch.float32)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's shapes, with the updates of all active adapters."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output, with the updates of all active adapters."""
+        adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        if adapter_names is not None:
+            if self.merged:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            if not any(name in self.flora_core for name in adapter_names):
+                return self.base_layer(*args, **kwargs)
+            return self.mixed_forward(adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.flora_core]
         if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-
-        operation = self.operation(x, *args, **kwargs)
-        routes = {name: self._choose_route(name, operation, x) for name in active}
-        fused = [name for name, route in routes.items() if route == "dense" and self._can_fuse(name)]
-        if fused:
-            base = self.get_base_layer()
-            weight = base.weight
-            for name in fused:
-                # The sum keeps the first operand's memory format: the base weight's.
-                weight = weight + self.get_delta_weight(name)
-            result = operation.apply(x, weight, base.bias)
-        else:
-            result = self.base_layer(x, *args, **kwargs)
-        for name, route in routes.items():
-            if name not in fused:
-                result = result + self._update(name, operation, x, route).to(result.dtype)
-        return result
-
-    def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
-        """What the adapter adds to the base layer's output."""
-        x = self.flora_dropout[name](x)
-        return contract.contract(operation, self.tucker(name), x, route=route, scale=self.scaling[name])
-
-    def _choose_route(self, name: str, operation: contract.Operation, x: Tensor) -> str:
-        if self.route != "auto":
-            return self.route if operation.groups == 1 else "dense"
-        shape, rank = self.get_base_layer().weight.shape, self.flora_core[name].weight.shape
-        return contract.choose_route(operation, shape, rank, x, fused=self._can_fuse(name))
-
-    def _can_fuse(self, name: str) -> bool:
-        """Whether the base operation can run with W + dW in place of W.
-
-        Not with dropout on the adapter's input alone; not where the base layer is more than its weight (another tuner,
-        a hook, a forward of its own); not in half precision, where the sum would swallow small updates.
-        """
-        base = self.base_layer
-        return (
-            type(base).forward in self.plain_forwards
-            and "forward" not in vars(base)
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not (self.training and isinstance(self.flora_dropout[name], nn.Dropout))
-            and base.weight.dtype == self._delta_dtype(name)
-        )
+            return self.base_layer(*args, **kwargs)
+        return self.adapted_forward(active, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight, in at least float32.
+        """Add the adapters' updates to the base weights, in at least float32.
 
         Args:
-            safe_merge: check that the merged weight is finite before the base weight is touched.
+            safe_merge: check that the merged weights are finite before a base weight is touched.
             adapter_names: adapters to merge; None takes the active ones.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite.
+            ValueError: `safe_merge` found a value that is not finite, or the base is quantised in a way that cannot
+                be undone.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.flora_core:
                 continue
-            merged = self.merged_weight(name)
-            if safe_merge:
-                self._check_finite(merged, name)
-            self.get_base_layer().weight.data.copy_(merged)
+            self.check_merge([name], finite=safe_merge)
+            if self.quantization_backend is not None and not self._before_merge:
+                self._before_merge = (_copy_of(self.get_base_layer()),)
+            for weight_name, delta in self.delta_weights(name).items():
+                self._set_base(weight_name, add_update(self._get_base(weight_name), delta.detach()))
             self.merged_adapters.append(name)
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise the error that `merge(safe_merge=True)` would, and change nothing."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.flora_core and name not in self.merged_adapters:
-                self._check_finite(self.merged_weight(name), name)
-
-    def merged_weight(self, adapter_name: str) -> Tensor:
-        """The base weight with this adapter's update, in the base weight's dtype; a new tensor."""
-        weight = self.get_base_layer().weight.data
-        delta = self.get_delta_weight(adapter_name).detach().to(weight.device)
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
-
-    @staticmethod
-    def _check_finite(weight: Tensor, adapter_name: str) -> None:
-        if not torch.isfinite(weight).all():
-            # PEFT's own message, which its users know.
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+    def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool) -> None:
+        """Raise what merging would raise, and change nothing."""
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"cannot merge into a layer quantised with {backend.backend_name}, whose weight cannot be read back: "
+                "keep the adapter beside it, or merge into the base model before it is quantised"
+            )
+        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_torchao:
+            raise ValueError(
+                "cannot merge into a layer quantised with torchao without knowing how: only models that transformers "
+                "loaded with a TorchAoConfig say so"
+            )
+        for name in (self.active_adapters if adapter_names is None else adapter_names) if finite else ():
+            if name not in self.flora_core or name in self.merged_adapters:
+                continue
+            for weight_name, delta in self.delta_weights(name).items():
+                if not torch.isfinite(add_update(self._get_base(weight_name), delta.detach())).all():
+                    # PEFT's own message, which its users know.
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again, up to rounding in its dtype."""
+        """Take all merged updates out of the base weights again.
+
+        A quantised base is put back as it was, bit for bit. Another is the original up to two roundings in its dtype:
+        each entry to within `u · (|W| + 2 |W + dW|)`, `u` being half of the dtype's `eps`.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._before_merge:
+            self._innermost().base_layer, self._before_merge = self._before_merge[0], ()
+            self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.flora_core:
-                weight = self.get_base_layer().weight.data
-                delta = self.get_delta_weight(name).detach().to(weight.device)
-                weight.copy_(weight.to(delta.dtype) - delta)
+                for weight_name, delta in self.delta_weights(name).items():
+                    self._set_base(weight_name, add_update(self._get_base(weight_name), -delta.detach()))
+
+    def _innermost(self) -> BaseTunerLayer:
+        """The tuner layer that holds the base layer itself: this one, or one that this one is around."""
+        layer: BaseTunerLayer = self
+        while isinstance(layer.base_layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
+
+    def _get_base(self, weight_name: str) -> Tensor:
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(self.get_base_layer())
+        return self.get_base_layer().get_parameter(weight_name).data
+
+    def _set_base(self, weight_name: str, value: Tensor) -> None:
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self._innermost(), value)
+        else:
+            self.get_base_layer().get_parameter(weight_name).data.copy_(value)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's multiplier to `scale` times its configured one."""
@@ -245,105 +276,31 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
-    def __repr__(self) -> str:
-        return "flora." + super().__repr__()
 
+def quantization_backend(module: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:
+    """How PEFT reads and writes the module's weight if it is quantised, else None.
 
-class Linear(FloraLayer):
-    """`nn.Linear`, and transformers' `Conv1D`, whose weight is stored `(in, out)`."""
-
-    plain_forwards = (nn.Linear.forward, Conv1D.forward)
-
-    @staticmethod
-    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
-        return (0, 1) if isinstance(base_layer, Conv1D) else (1, 0)
-
-    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Linear:
-        return contract.Linear(input_mode=self.modes_of(self.get_base_layer())[0])
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-
-class Conv(FloraLayer):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`."""
-
-    plain_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-    @staticmethod
-    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
-        return contract.Conv.input_mode, contract.Conv.output_mode
-
-    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Conv:
-        return contract.Conv.of(self.get_base_layer())
-
-
-class ConvTranspose(FloraLayer):
-    """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`."""
-
-    plain_forwards = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
-
-    @staticmethod
-    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
-        return contract.ConvTranspose.input_mode, contract.ConvTranspose.output_mode
-
-    def operation(self, x: Tensor, output_size: Sequence[int] | None = None) -> contract.ConvTranspose:
-        return contract.ConvTranspose.of(self.get_base_layer(), x, output_size)
-
-
-class Embedding(FloraLayer):
-    """`nn.Embedding`, plain or scaled (transformers' `embed_scale`). The padding row of dW is zero.
-
-    `sparse` and `scale_grad_by_freq` are about the gradient of the base weight, which is frozen: they do not apply to
-    the adapter.
+    Args:
+        module: a base layer.
+        model: the model that it is a part of; without it, torchao's layers cannot be merged into.
     """
-
-    @staticmethod
-    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
-        return contract.Embedding.input_mode, contract.Embedding.output_mode
-
-    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Embedding:
-        return contract.Embedding()
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """As in every layer; the padding row is zero."""
-        delta = super().get_delta_weight(adapter_name)
-        padding = self.get_base_layer().padding_idx
-        if padding is None:
-            return delta
-        keep = torch.ones(delta.shape[0], 1, dtype=delta.dtype, device=delta.device)
-        keep[padding] = 0
-        return delta * keep
-
-    def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
-        update = contract.contract(operation, self.tucker(name), x, route=route, scale=self.scaling[name])
-        padding, dropout = self.get_base_layer().padding_idx, self.flora_dropout[name]
-        if padding is not None:
-            update = update * (x != padding).unsqueeze(-1)
-        if self.training and isinstance(dropout, nn.Dropout):
-            # The input is a one-hot vector: dropping its entry drops the update of that position.
-            update = update * dropout(torch.ones(x.shape, dtype=update.dtype, device=x.device)).unsqueeze(-1)
-        embed_scale = self._get_embed_scale()
-        return update if embed_scale is None else update * embed_scale.to(update.dtype)
+    how = {"get_apply_tensor_subclass": _unknown_torchao}
+    return resolve_quantization_backend(module, **(how if model is None else how | get_quantization_kwargs(model)))
 
 
-_KINDS: dict[type[nn.Module], type[FloraLayer]] = {
-    nn.Linear: Linear,
-    Conv1D: Linear,
-    nn.Conv1d: Conv,
-    nn.Conv2d: Conv,
-    nn.Conv3d: Conv,
-    nn.ConvTranspose1d: ConvTranspose,
-    nn.ConvTranspose2d: ConvTranspose,
-    nn.ConvTranspose3d: ConvTranspose,
-    nn.Embedding: Embedding,
-}
-SUPPORTED_KINDS = tuple(kind.__name__ for kind in _KINDS)
+def _unknown_torchao() -> None:
+    """In the place of what would quantise a torchao layer again."""
 
 
-def adapted_kind(module: nn.Module) -> tuple[type[nn.Module], type[FloraLayer]] | None:
-    """The supported class that `module` is an instance of, and the class that adapts it; None if there is none."""
-    for kind, layer in _KINDS.items():
-        if isinstance(module, kind):
-            return kind, layer
-    return None
+def add_update(weight: Tensor, delta: Tensor) -> Tensor:
+    """`weight + delta` in the dtype of `delta`, rounded once to the dtype of `weight`; a new tensor."""
+    return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A module that keeps the tensors that this one has now, whatever this one is given instead."""
+    kept = copy.copy(module)
+    kept._parameters, kept._buffers = dict(module._parameters), dict(module._buffers)
+    if hasattr(module, "state"):  # bitsandbytes keeps the scales of 8-bit weights there
+        kept.state = copy.copy(module.state)
+    return kept

@@ -5,39 +5,48 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import get_pattern_key
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
+from florapeft.batch_norm import FloraBatchNorm, forget_warning, has_statistics, warn_when_trained
+from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
-from florapeft.layer import FloraLayer
-from florapeft.rank import cap_rank
+from florapeft.kinds import WeightLayer
+from florapeft.layer import FloraLayer, FloraWrapper
+from florapeft.mixed import mixed_batch
+from florapeft.parameters import FloraParameters
+from florapeft.rank import cap_rank, resolve_rank
 from florapeft.support import why_not
 from florapeft.targets import (
     Target,
+    adapted_targets,
+    bare_parameters,
     describe,
     describe_caps,
     exact_targets,
     find_targets,
+    from_pattern,
     is_shorthand,
     resolve_ranks,
     solve_budget,
     unmatched_names,
+    unmatched_patterns,
 )
 
 logger = logging.getLogger("florapeft")
 
 _PREFIX = "base_model.model."  # of the keys of a PeftModel; a model with injected layers alone has none
-_KEY_PARTS = ("flora_core", "flora_factors", "weight")
-_ADAPTER_KEY = re.compile(r"\.flora_(core|factors)\.")
+_CONTAINERS = ("flora_core", "flora_factors", "flora_statistics")
+_ADAPTER_KEY = re.compile(rf"\.({'|'.join(_CONTAINERS)})\.")
 
 
 class FloraModel(BaseTuner):
@@ -51,7 +60,7 @@ class FloraModel(BaseTuner):
     """
 
     prefix = "flora_"
-    tuner_layer_cls = FloraLayer
+    tuner_layer_cls = FloraWrapper
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def set_route(self, route: str) -> None:
@@ -71,27 +80,34 @@ class FloraModel(BaseTuner):
 
         Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
         """
-        if adapter_name.isdecimal() or adapter_name in _KEY_PARTS:
-            raise ValueError(
-                f"adapter name {adapter_name!r} is a part of the keys that other adapters are saved under, and PEFT "
-                "would drop those: choose a name that is neither a number nor one of " + ", ".join(_KEY_PARTS)
-            )
+        _check_adapter_name(adapter_name, model)
         config = self.peft_config[adapter_name]
         given = config.target_modules
         if not config.inference_mode:
             _warn_of_unmatched(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for rank patterns among modules alone; `_prepare_model` does among all targets.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if isinstance(given, set):
             config.target_modules = given
         elif is_shorthand(given) and isinstance(config.target_modules, set):
             config.target_modules = {
                 name
                 for name, module in model.named_modules()
-                if isinstance(module, FloraLayer) and adapter_name in module.flora_core
+                if isinstance(module, FloraLayer)
+                and type(module) is not FloraParameters
+                and adapter_name in module.flora_core
             }
+        if config.save_batch_norm:
+            self._keep_statistics(model, adapter_name)
+        elif not config.inference_mode:
+            warn_when_trained(model)
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
+            if peft_config.target_parameters:
+                return peft_config
             raise ValueError(
                 f"Please specify `target_modules`: it is None, and PEFT has no default for models of type "
                 f"{model_config['model_type']!r}. target_modules='all-weights' adapts every supported layer"
@@ -104,21 +120,23 @@ class FloraModel(BaseTuner):
         _check_modules_to_save(peft_config, targets)
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
+            peft_config.target_parameters = bare_parameters(targets) or None
         if peft_config.budget is not None and peft_config.ranks is None:
             peft_config.ranks = solve_budget(model, targets, peft_config)
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
-        if not peft_config.inference_mode:
-            _note_what_to_know(caps, model)
-        keys = peft_config.scale_pattern.keys()
-        if unmatched := set(keys) - {get_pattern_key(keys, target.name) for target in targets}:
-            found = sorted(unmatched)
-            warnings.warn(f"scale_pattern has keys that match no target: {found}", RuntimeWarning, stacklevel=2)
+        if caps and not peft_config.inference_mode:
+            logger.warning(caps)
+        for field in ("rank_pattern", "scale_pattern"):
+            if unmatched := unmatched_patterns(getattr(peft_config, field), targets):
+                warnings.warn(f"{field} has keys that match no target: {unmatched}", RuntimeWarning, stacklevel=2)
+        self._bare_targets = [target for target in targets if target.bare]
 
     @staticmethod
     def _check_target_module_exists(peft_config: FloraConfig, key: str) -> Any:
         match = check_target_module_exists(peft_config, key)
         if match and peft_config.ranks is not None:
-            return key in peft_config.ranks
+            # A target of an attention module is one of its weights.
+            return key in peft_config.ranks or any(name.startswith(f"{key}.") for name in peft_config.ranks)
         return match
 
     def _create_and_replace(
@@ -129,36 +147,70 @@ class FloraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if has_statistics(base):  # in a state dict that PEFT takes the names from; `_keep_statistics` sees to them
+            return
         reason = why_not(current_key, base, self.model)
         if reason:  # only when PEFT takes the names from a state dict, past `_prepare_model`
             raise ValueError(f"FLoRA cannot adapt {current_key}: {reason}")
-        described = describe(current_key, base)
-        rank = cap_rank(resolve_ranks([described], peft_config)[current_key], described.shape)
-        scale_key = get_pattern_key(peft_config.scale_pattern.keys(), current_key)
-        scale = peft_config.scale_pattern.get(scale_key, peft_config.scale)
-        if isinstance(target, FloraLayer):
-            target.update_layer(adapter_name, rank, peft_config, scale)
-            return
-        layer = described.layer(target, adapter_name, rank, peft_config, scale)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fused path for inference reads the weights and calls no layer, unless one has a hook.
-            layer.register_forward_pre_hook(_no_op)
+        for described in describe(current_key, base):
+            if peft_config.ranks is None or described.name in peft_config.ranks:
+                target = self._adapt(described, target, target_name, parent, peft_config, adapter_name)
+
+    def _inject_parameters(
+        self, peft_config: FloraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        for described in self._bare_targets:
+            parent_name, _, own_name = described.module.rpartition(".")
+            parent, target = model.get_submodule(parent_name), model.get_submodule(described.module)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt(described, target, own_name, parent, peft_config, adapter_name)
+        return [described.name for described in self._bare_targets]
+
+    def _adapt(
+        self,
+        described: Target,
+        target: nn.Module,
+        own_name: str,
+        parent: nn.Module,
+        config: FloraConfig,
+        adapter_name: str,
+    ) -> nn.Module:
+        """Give one weight an adapter, in the tuner layer that its module has or now gets, which is returned."""
+        rank = cap_rank(resolve_ranks([described], config)[described.name], described.shape)
+        scale = from_pattern(config.scale_pattern, described, config.scale)
+        layer = target if isinstance(target, described.layer) else described.layer(target, adapter_name, self.model)
+        layer.update_layer(adapter_name, described.weight, rank, config, scale)
+        if layer is not target:
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Its fused path for inference reads the weights and calls no layer, unless one has a hook.
+                layer.register_forward_pre_hook(_no_op)
+            self._replace_module(parent, own_name, layer, target)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+            layer.set_requires_grad(adapter_name, False)
+        return layer
+
+    def _keep_statistics(self, model: nn.Module, adapter_name: str) -> None:
+        """Give every batch norm a set of running statistics for this adapter."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FloraBatchNorm):
+                module.update_layer(adapter_name)
+            elif has_statistics(module) and not name.endswith(".base_layer"):
+                parent_name, _, own_name = name.rpartition(".")
+                layer = FloraBatchNorm(module, adapter_name)
+                layer.update_layer(adapter_name)
+                layer.set_adapter(self.active_adapters)
+                setattr(model.get_submodule(parent_name), own_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):
-            # Unloading trainable tokens: PEFT's own way would assign the wrapper's computed weight as a parameter.
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(new_module, BaseTunerLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:  # Unloading. PEFT would assign the weight to the layer that has it, also where that is a computed one.
+            setattr(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's; with `safe_merge`, every layer is checked before the first one is merged."""
+        """As PEFT's; every layer is checked before the first one is merged."""
         self._check_merges(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -169,29 +221,67 @@ class FloraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_merges(merge and safe_merge, adapter_names)
+        if merge:
+            self._check_merges(safe_merge, adapter_names)
+        forget_warning(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        if safe_merge:
-            for module in self.model.modules():
-                if isinstance(module, FloraLayer):
-                    module.check_merge(adapter_names)
+        for module in self.model.modules():
+            if isinstance(module, FloraLayer):
+                module.check_merge(adapter_names, finite=safe_merge)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops `adapter_names` silently where this method is missing.
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError("FLoRA does not support `adapter_names` (one adapter per sample of a batch) yet")
-        yield
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        r: int | list[int] | None = None,
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of others', with their scales as they are now.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one number per adapter, of any sign.
+            adapter_name: name of the new adapter; it is not activated.
+            combination_type: "cat" is exact, and its ranks are the sums of the parts' (at most the mode's size); "hooi"
+                is the best approximation of rank `r` that higher-order orthogonal iteration finds.
+            r: for "hooi", the rank of every channel mode, or one per mode.
+
+        Raises:
+            ValueError: unknown or taken names, weights that are not one finite number per adapter, an adapter that
+                also trains something that does not add up (heads, tokens, biases, batch norms). Nothing is changed.
+        """
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type, r)
+        tuckers = combined_tuckers(self.model, adapters, weights)
+        targets = [target for target in adapted_targets(self.model) if target.name in tuckers]
+        if combination_type == "hooi":
+            for name, shape, modes in ((t.name, t.shape, t.channel_modes) for t in targets):
+                tuckers[name] = compress(tuckers[name], cap_rank(resolve_rank(shape, r, None, modes, name), shape))
+        config = combined_config(
+            self.peft_config[adapters[0]], tuckers, exact_targets(targets, self.model), bare_parameters(targets)
+        )
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._cast_adapter_dtype(adapter_name)
+        fill(self.model, adapter_name, tuckers)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return mixed_batch(self.model, kwargs.pop("adapter_names", None), kwargs.get("num_beams"))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`….flora_factors.<adapter>.<mode>.weight` → `….flora_factors.<mode>.weight`, and the core's key likewise."""
-        start, marker, name = key.rpartition(f".flora_factors.{adapter_name}.")
-        if not marker:
-            start, marker, name = key.rpartition(f".flora_core.{adapter_name}.")
-        return f"{start}{marker.removesuffix(f'{adapter_name}.')}{name}" if marker else key
+        """`….flora_factors.<adapter>.<mode>.weight` → `….flora_factors.<mode>.weight`, and so for all containers."""
+        for container in _CONTAINERS:
+            start, marker, name = key.rpartition(f".{container}.{adapter_name}.")
+            if marker:
+                return f"{start}.{container}.{name}"
+        return key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -207,7 +297,7 @@ class FloraModel(BaseTuner):
         own = tuple(
             f"{name}.{attribute}.{adapter_name}."
             for name, module in model.named_modules()
-            if isinstance(module, FloraLayer)
+            if isinstance(module, FloraWrapper)
             for attribute in module.adapter_layer_names
         )
         expected = {key: value for key, value in state.items() if key.startswith(own)}
@@ -216,8 +306,19 @@ class FloraModel(BaseTuner):
         return remapped
 
 
+def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    parts = {*_CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
+    if adapter_name.isdecimal() or adapter_name in parts:
+        raise ValueError(
+            f"adapter name {adapter_name!r} can be a part of the keys that other adapters are saved under, and PEFT "
+            f"would drop those: choose a name that is neither a number, nor that of a parameter, nor one of "
+            f"{', '.join(_CONTAINERS)}"
+        )
+
+
 def _check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
-    """PEFT looks for names to save by their ends, also among an adapter's own modules, which are named by mode."""
+    """PEFT looks for names to save by their ends, also among an adapter's own modules, named by mode and weight."""
+    keys = [target.weight.replace(".", "_") for target in targets if not issubclass(target.layer, WeightLayer)]
     for name in config.modules_to_save or ():
         if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
             raise ValueError(
@@ -225,18 +326,11 @@ def _check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
                 f"end of an adapter's factor {name}: give the full name, such as 'head.{name}'; a module at the top of "
                 f"the model needs another name than {name!r}"
             )
-
-
-def _note_what_to_know(caps: str | None, model: nn.Module) -> None:
-    """Logs, once per attached adapter, what its user should know."""
-    if caps:
-        logger.warning(caps)
-    norms = sum(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in model.modules())
-    if norms:
-        logger.warning(
-            f"This model has {norms} batch norms, whose running statistics change in train mode and are not saved "
-            "with an adapter: keep them in eval mode while training, or save the merged model"
-        )
+        if ends := [key for key in keys if key.endswith(name)]:
+            raise ValueError(
+                f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
+                f"end of what the adapter of {ends[0]!r} is called: give the full name"
+            )
 
 
 def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:

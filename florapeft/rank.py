@@ -34,7 +34,7 @@ def resolve_rank(
         name: of the weight's module, for the message.
 
     Returns:
-        One rank per mode; possibly above the mode's size, see `cap_rank`.
+        One rank per mode; possibly above the mode's size, see `cap_rank`. A vector is always whole.
 
     Raises:
         ValueError: a sequence whose length is not the order of the weight.
@@ -46,6 +46,8 @@ def resolve_rank(
                 f"(shape {tuple(shape)}): give an int, or one rank per mode for targets of one order only"
             )
         return tuple(r)
+    if len(shape) == 1:
+        return tuple(shape)
     return tuple(
         r if mode in channel_modes else (size if kernel_r is None else kernel_r) for mode, size in enumerate(shape)
     )
@@ -82,7 +84,7 @@ def spend_uniformly(
         ValueError: no rank fits; the message says what the cheapest takes.
     """
     # The total is not monotone (a mode that becomes whole loses its factor); the cores alone are, and end the search.
-    largest = max(max(shape[mode] for mode in channel_modes[name]) for name, shape in shapes.items())
+    largest = max(max((shape[mode] for mode in channel_modes[name]), default=1) for name, shape in shapes.items())
     best, least = None, None
     for r in range(1, largest + 1):
         ranks = {

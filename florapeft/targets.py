@@ -1,13 +1,13 @@
-"""Which modules of a model a configuration selects, and at which ranks."""
+"""Which weights of a model a configuration selects, and at which ranks."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -17,12 +17,20 @@ from peft.tuners.tuners_utils import (
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
-from florapeft.layer import SUPPORTED_KINDS, FloraLayer, adapted_kind
+from florapeft.kinds import SUPPORTED_KINDS, WeightLayer, adapted_kind, weight_shape
+from florapeft.layer import FloraLayer
+from florapeft.parameters import (
+    FloraParameters,
+    MultiheadAttention,
+    attention_weights,
+    expert_stacks,
+    parameter_shape,
+)
 from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
-from florapeft.support import shared_weights, why_not
+from florapeft.support import is_supported_kind, shared_weights, why_not, why_not_parameter
 
 SHORTHANDS = (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
 
@@ -37,31 +45,55 @@ _HEAD_NAMES = (
     "qa_outputs",
     "head",
     "fc",
+    "lm_head",  # also of classes for CTC, where it is no output embedding
 )
 
 
 class Target(NamedTuple):
-    """A module to adapt: its full name, the class that adapts it, its weight's shape and channel modes."""
+    """A weight to adapt.
+
+    Attributes:
+        name: of its layer; of the weight itself where no layer stands for it.
+        module: name of the module that the adapter is put around.
+        weight: name of the weight in that module.
+        layer: the class that adapts it.
+        shape: the weight's shape.
+        channel_modes: its modes that are channels.
+        bare: whether it is named by `target_parameters`, not through its module.
+    """
 
     name: str
+    module: str
+    weight: str
     layer: type[FloraLayer]
     shape: tuple[int, ...]
-    channel_modes: tuple[int, int]
+    channel_modes: tuple[int, ...]
+    bare: bool = False
 
 
 def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
-    """The modules that `config` selects in `model`, in the model's order. Changes nothing.
+    """The weights that `config` selects in `model`, modules before bare parameters. Changes nothing.
 
     Raises:
-        ValueError: nothing matches (the closest names are suggested), or a module matches that cannot be adapted (its
+        ValueError: nothing matches (the closest names are suggested), or something matches that cannot be adapted (its
             reason is given); with the shorthands "all-weights" and "all-linear" such modules are left out instead.
     """
     modules = dict(candidates(model))
     names = _select(model, config, modules)
+    parameters = _select_parameters(model, config, modules)
     refused = {name: reason for name in names if (reason := why_not(name, modules[name], model))}
-    shared = shared_weights(model, modules, [name for name in names if name not in refused])
+    targets = [target for name in names if name not in refused for target in describe(name, modules[name])]
+    for name in parameters:
+        module_name, _, weight = name.rpartition(".")
+        if reason := _why_not_parameter(name, modules[module_name], model, targets):
+            refused[name] = reason
+        else:
+            targets.append(describe_parameter(name, module_name, weight, modules[module_name]))
+    weights = {t.name: w for t in targets if (w := _weight(modules[t.module], t.weight)) is not None}
+    shared = shared_weights(model, weights)
     if is_shorthand(config.target_modules):
         refused |= {name: f"its weight is also that of {_listed(others)}" for name, others in shared.items()}
+        targets = [target for target in targets if target.name not in shared]
     elif shared:
         name, others = next(iter(shared.items()))
         warnings.warn(
@@ -70,36 +102,64 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
             RuntimeWarning,
             stacklevel=2,
         )
-    adaptable = [name for name in names if name not in refused]
-    if refused and not (is_shorthand(config.target_modules) and adaptable):
+    asked = [name for name in refused if _matches(name, config.target_parameters or ())]
+    if asked or (refused and not (is_shorthand(config.target_modules) and targets)):
+        fields = {"target_modules": config.target_modules, "target_parameters": config.target_parameters}
+        given = ", ".join(f"{field}={_shown(value)}" for field, value in fields.items() if value)
         raise ValueError(
-            f"target_modules={_shown(config.target_modules)} matches {_count(refused, 'module')} that FLoRA cannot "
-            f"adapt: {_listed(f'{name} ({reason})' for name, reason in refused.items())}. "
-            f"Supported kinds: {', '.join(SUPPORTED_KINDS)}"
+            f"{given} matches {_count(refused, 'target')} that FLoRA cannot adapt: "
+            f"{_listed(f'{name} ({reason})' for name, reason in refused.items())}. "
+            f"Supported kinds: {', '.join(SUPPORTED_KINDS)}, and bare parameters by target_parameters"
         )
-    names = adaptable
     if config.ranks is not None:
-        _check_names(config.ranks, names)
-        names = [name for name in names if name in config.ranks]
-    return [describe(name, modules[name]) for name in names]
+        _check_names(config.ranks, [target.name for target in targets])
+        targets = [target for target in targets if target.name in config.ranks]
+    return targets
 
 
 def exact_targets(targets: Iterable[Target], model: nn.Module) -> set[str] | str:
-    """A value of `target_modules` that selects these modules and no others, as PEFT matches names.
+    """A value of `target_modules` that selects these targets' modules and no others, as PEFT matches names.
 
     The full names; or, where PEFT would also take one for the suffix of another module's name, a regular expression.
     """
-    names = {target.name for target in targets}
+    names = {target.module for target in targets if not target.bare}
     others = (name for name, _ in model.named_modules() if name not in names)
     if any(other.endswith(tuple(f".{name}" for name in names)) for other in others):
         return "|".join(map(re.escape, sorted(names)))
     return names
 
 
-def describe(name: str, module: nn.Module) -> Target:
-    """The `Target` of a supported module."""
+def bare_parameters(targets: Iterable[Target]) -> list[str]:
+    """A value of `target_parameters` that selects those targets that it is to select."""
+    return [target.name for target in targets if target.bare]
+
+
+def describe(name: str, module: nn.Module) -> list[Target]:
+    """The targets that a supported module has."""
+    if isinstance(module, nn.MultiheadAttention):
+        weights = {weight: tuple(module.get_parameter(weight).shape) for weight in attention_weights(module)}
+        return [Target(f"{name}.{w}", name, w, MultiheadAttention, shape, (0, 1)) for w, shape in weights.items()]
     _, layer = adapted_kind(module)
-    return Target(name, layer, tuple(module.weight.shape), layer.modes_of(module))
+    return [Target(name, name, "weight", layer, weight_shape(module), layer.modes_of(module))]
+
+
+def describe_parameter(name: str, module_name: str, weight: str, module: nn.Module) -> Target:
+    """The target that a bare parameter is. All its modes are channels."""
+    layer = MultiheadAttention if isinstance(module, nn.MultiheadAttention) else FloraParameters
+    shape = parameter_shape(module.get_parameter(weight))
+    return Target(name, module_name, weight, layer, shape, tuple(range(len(shape))), bare=True)
+
+
+def adapted_targets(model: nn.Module) -> list[Target]:
+    """The targets of all adapters that the model has."""
+    targets = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, WeightLayer):
+            targets += describe(name, layer.get_base_layer())
+        elif isinstance(layer, FloraParameters):
+            base = layer.get_base_layer()
+            targets += [describe_parameter(f"{name}.{w}", name, w, base) for w in layer.weight_names.values()]
+    return targets
 
 
 def resolve_ranks(targets: Iterable[Target], config: FloraConfig) -> dict[str, tuple[int, ...]]:
@@ -109,14 +169,28 @@ def resolve_ranks(targets: Iterable[Target], config: FloraConfig) -> dict[str, t
         ValueError: a list of ranks does not have one entry per mode of a target.
     """
     resolved = {}
-    for name, _, shape, channel_modes in targets:
+    for target in targets:
         if config.ranks is not None:
-            r = config.ranks[name]
+            r = config.ranks[target.name]
         else:
-            key = get_pattern_key(config.rank_pattern.keys(), name)
-            r = config.rank_pattern.get(key, config.r)
-        resolved[name] = resolve_rank(shape, r, config.kernel_r, channel_modes, name)
+            r = from_pattern(config.rank_pattern, target, config.r)
+        resolved[target.name] = resolve_rank(target.shape, r, config.kernel_r, target.channel_modes, target.name)
     return resolved
+
+
+def from_pattern(pattern: dict[str, Any], target: Target, default: Any) -> Any:
+    """The value for a target: what matches its name, else what matches its module's, else the default."""
+    for name in (target.name, target.module):
+        key = get_pattern_key(pattern.keys(), name)
+        if key in pattern:
+            return pattern[key]
+    return default
+
+
+def unmatched_patterns(pattern: dict[str, Any], targets: Iterable[Target]) -> list[str]:
+    """Keys of a pattern that no target takes its value from."""
+    names = {name for target in targets for name in (target.name, target.module)}
+    return sorted(pattern.keys() - {get_pattern_key(pattern.keys(), name) for name in names})
 
 
 def solve_budget(model: nn.Module, targets: list[Target], config: FloraConfig) -> dict[str, list[int]]:
@@ -186,13 +260,11 @@ def count_base_parameters(model: nn.Module) -> int:
 
 def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
     """Names of the modules that `target_modules` and `exclude_modules` select."""
+    if not config.target_modules and config.target_parameters:
+        return []
     if is_shorthand(config.target_modules, ALL_WEIGHTS):
-        heads = _heads(model)
-        chosen = {
-            name
-            for name, module in modules.items()
-            if adapted_kind(module) is not None and not any(name == h or name.startswith(f"{h}.") for h in heads)
-        }
+        left_to_the_user = _is_head(model)
+        chosen = {name for name, module in modules.items() if is_supported_kind(module) and not left_to_the_user(name)}
     elif is_shorthand(config.target_modules):
         chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
     else:
@@ -205,6 +277,70 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         if not any(check_target_module_exists(unrestricted, name) for name in modules):
             raise ValueError(_nothing_matches(model, config, modules))
     return selected
+
+
+def _select_parameters(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the bare parameters that `target_parameters` selects, and with "all-weights" the stacks of experts."""
+    own = {
+        f"{name}.{parameter}": name
+        for name, module in modules.items()
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    asked = config.target_parameters or []
+    selected = {name for name in own if _matches(name, asked)}
+    for key in asked:
+        if not any(_matches(name, [key]) for name in selected):
+            if key in dict(model.named_parameters(recurse=False)):
+                raise ValueError(
+                    f"target_parameters has {key!r}, a parameter of the outermost module, which PEFT cannot wrap: put "
+                    "the model into another nn.Module"
+                )
+            raise ValueError(f"target_parameters has {key!r}, which no module has{_closest(key, own)}")
+    if is_shorthand(config.target_modules, ALL_WEIGHTS):
+        left_to_the_user = _is_head(model)
+        selected |= {
+            f"{name}.{stack}"
+            for name, module in modules.items()
+            if not is_supported_kind(module) and not left_to_the_user(name)
+            for stack in expert_stacks(module)
+        }
+    allowed = replace(config, target_modules=".*", layers_to_transform=None, layers_pattern=None)
+    return [
+        name
+        for name, module_name in own.items()
+        if name in selected
+        and all(check_target_module_exists(allowed, excludable) for excludable in (name, module_name))
+    ]
+
+
+def _why_not_parameter(name: str, module: nn.Module, model: nn.Module, targets: list[Target]) -> str | None:
+    """Why this parameter cannot be adapted, beside the targets that there are already."""
+    module_name = name.rpartition(".")[0]
+    for other in targets:
+        if other.bare:
+            continue
+        if other.module == module_name:
+            return f"its module {module_name} is adapted as a layer; for a layer's bias there is bias='flora_only'"
+        if other.module.startswith(f"{module_name}."):
+            return f"its module holds other targets, as {other.name}, which PEFT would not find again inside a wrapper"
+    return why_not_parameter(name, module, model)
+
+
+def _matches(name: str, keys: Iterable[str]) -> bool:
+    """Whether the name, or the end of it after a dot, is one of the keys."""
+    return any(name == key or name.endswith(f".{key}") for key in keys)
+
+
+def _weight(module: nn.Module, name: str) -> Tensor | None:
+    """The weight itself; None where a quantised layer keeps it under another name."""
+    owner_name, _, attribute = name.rpartition(".")
+    return module.get_submodule(owner_name)._parameters.get(attribute)
+
+
+def _is_head(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a module, by name, is or lies in one that "all-weights" leaves to the user."""
+    heads = _heads(model)
+    return lambda name: any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def _heads(model: nn.Module) -> list[str]:
@@ -241,9 +377,7 @@ def unmatched_names(names: Iterable[str], model: nn.Module) -> list[str]:
     """Those of `names` that no module of the model has, nor ends with, each with a suggestion."""
     known = [name for name, _ in model.named_modules()]
     return [
-        name + _closest(name, known)
-        for name in sorted(names)
-        if not any(other == name or other.endswith(f".{name}") for other in known)
+        name + _closest(name, known) for name in sorted(names) if not any(_matches(other, [name]) for other in known)
     ]
 
 
@@ -252,7 +386,7 @@ def _nothing_matches(model: nn.Module, config: FloraConfig, modules: dict[str, n
     problem = f"Target modules {_shown(asked)} not found in the base model"
     if not modules:
         return f"{problem}: the {type(model).__name__} has no module inside it to adapt; wrap it in an nn.Module"
-    if not any(adapted_kind(module) for module in modules.values()):
+    if not any(is_supported_kind(module) for module in modules.values()):
         kinds = sorted({type(m).__name__ for m in modules.values() if not next(m.children(), None)})
         supported = ", ".join(SUPPORTED_KINDS)
         return f"{problem}: no layer of it is of a supported kind. It has: {', '.join(kinds)}. Supported: {supported}"

@@ -1,0 +1,144 @@
+"""Running statistics of batch norms, which every adapter of PEFT's leaves behind.
+
+In train mode a batch norm moves its running statistics, adapted or not; they are buffers of the base model, and an
+adapter's file does not have them. With `save_batch_norm`, each adapter has a set of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from florapeft.layer import FloraWrapper
+from florapeft.updated import standing_in
+
+logger = logging.getLogger("florapeft")
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Statistics(nn.Module):
+    """A copy of a batch norm's running statistics."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name in _BUFFERS:
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def write_to(self, norm: nn.Module) -> None:
+        """Overwrite the batch norm's running statistics with these."""
+        for name in _BUFFERS:
+            getattr(norm, name).copy_(getattr(self, name))
+
+
+class FloraBatchNorm(FloraWrapper):
+    """A batch norm with its own running statistics for each adapter.
+
+    Of several active adapters, the first one's are used. They start as the base's.
+
+    Args:
+        base_layer: the batch norm.
+        adapter_name: name of the first adapter.
+    """
+
+    adapter_layer_names = ("flora_statistics",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.flora_statistics = nn.ModuleDict()
+        self._before_merge: tuple[Statistics, ...] = ()  # a tuple, so that it is no submodule
+
+    def update_layer(self, adapter_name: str) -> None:
+        """Give the adapter a copy of the base's statistics."""
+        self.flora_statistics[adapter_name] = Statistics(self.get_base_layer())
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """The batch norm's output, with the statistics of the first active adapter that has some."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names)
+        own = [name for name in self.active_adapters if name in self.flora_statistics]
+        return self.base_layer(x) if self.merged or not own else self._forward_with(own[0], x)
+
+    def _forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
+        base, statistics = self.get_base_layer(), self.flora_statistics[adapter_name]
+        # In train mode a batch norm writes to its statistics: here to the adapter's.
+        with standing_in([(base, name, getattr(statistics, name)) for name in _BUFFERS]):
+            return self.base_layer(x)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        result = self.base_layer(x)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.flora_statistics:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result = result.index_copy(0, rows, self._forward_with(name, x[rows]))
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the statistics of the first of the adapters that has some into the base."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        own = [name for name in names if name in self.flora_statistics]
+        if own and not self.merged:
+            self._before_merge = (Statistics(self.get_base_layer()),)
+            self.flora_statistics[own[0]].write_to(self.get_base_layer())
+            self.merged_adapters.append(own[0])
+
+    def unmerge(self) -> None:
+        """Put the base's own statistics back, bit for bit."""
+        if self.merged:
+            self._before_merge[0].write_to(self.get_base_layer())
+            self._before_merge = ()
+            self.merged_adapters.clear()
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether the module is a batch norm (or instance norm) that keeps running statistics."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", None) is not None
+
+
+def warn_when_trained(model: nn.Module) -> None:
+    """Say once, at the first training step in train mode, that the model's batch norms move and are not saved."""
+    norms = [module for module in model.modules() if has_statistics(module)]
+    if any(_warnings_of(norm) for norm in norms):
+        return
+    warning = _Warning(len(norms))
+    warning.handles = [norm.register_forward_pre_hook(warning) for norm in norms]
+
+
+def forget_warning(model: nn.Module) -> None:
+    """Take back `warn_when_trained`, for a model that loses its adapters."""
+    for module in model.modules():
+        for warning in _warnings_of(module):
+            warning.remove()
+
+
+class _Warning:
+    """A hook of all batch norms of a model, which the first one to be trained takes off again."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.handles: list[RemovableHandle] = []
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.remove()
+            logger.warning(
+                f"{self.count} batch norms are in train mode: their running statistics change with training and are "
+                "not saved with the adapter. Set save_batch_norm=True, keep them in eval mode, or save the merged model"
+            )
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _warnings_of(module: nn.Module) -> list[_Warning]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Warning)]

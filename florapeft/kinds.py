@@ -1,0 +1,286 @@
+"""The kinds of layers that are adapted: which operation each computes with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import Conv1D
+from peft.utils import quantization_extra_repr
+from torch import Tensor, nn
+
+from florapeft import contract
+from florapeft.config import FloraConfig
+from florapeft.init import initialize
+from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker, quantization_backend
+from florapeft.tucker import Tucker
+from florapeft.updated import Update, UpdatedWeight, standing_in
+
+
+class WeightLayer(FloraLayer):
+    """A layer that is one operation with its `weight`; arguments as for every `FloraLayer`."""
+
+    # Forward functions of the torch classes whose output is bias + operation(x, weight) and nothing else.
+    plain_forwards: ClassVar[tuple[Any, ...]] = ()
+    lookup: ClassVar[bool] = False  # whether the input factor is looked up row by row
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, model: nn.Module) -> None:
+        super().__init__(base_layer, adapter_name, model)
+        base = self.get_base_layer()
+        self._own_forward = has_own_forward(base)
+        modes, self._shape = self.modes_of(base), weight_shape(base)
+        # Under the names that PEFT and its users look for.
+        self.in_features, self.out_features = self._shape[modes[0]], self._shape[modes[1]]
+
+    @staticmethod
+    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
+        """Input and output mode of the weight of such a layer."""
+        raise NotImplementedError
+
+    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Operation:
+        """The base layer's linear map, with the settings that the base layer has now, for these arguments."""
+        raise NotImplementedError
+
+    def update_layer(
+        self, adapter_name: str, weight_name: str, rank: Sequence[int], config: FloraConfig, scale: float
+    ) -> None:
+        core, factors = adapter_tensors(self._shape, rank)
+        self.flora_core[adapter_name], self.flora_factors[adapter_name] = core, factors
+        input_mode, output_mode = self.modes_of(self.get_base_layer())
+        tucker, start = as_tucker(core, factors), config.init_weights
+        initialize(tucker, start, input_mode=input_mode, output_mode=output_mode, lookup=self.lookup)
+        self.start_adapter(adapter_name, config, scale)
+
+    def tucker(self, adapter_name: str) -> Tucker:
+        """The adapter's core and factors (the parameters themselves, not copies), without its scale."""
+        return as_tucker(self.flora_core[adapter_name], self.flora_factors[adapter_name])
+
+    def tuckers(self, adapter_name: str) -> dict[str, Tucker]:
+        return {"weight": self.tucker(adapter_name)}
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`scale · dW` in the base weight's shape, in at least float32, on the adapter's device."""
+        return self.delta_weights(adapter_name)["weight"]
+
+    def adapted_forward(self, active: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._own_forward:
+            return self._substituted_forward(active, x, *args, **kwargs)
+        operation = self.operation(x, *args, **kwargs)
+        routes = {name: self._choose_route(name, operation, x) for name in active}
+        fused = [name for name, route in routes.items() if route == "dense" and self._can_fuse(name)]
+        if fused:
+            base = self.get_base_layer()
+            weight = base.weight
+            for name in fused:
+                # The sum keeps the first operand's memory format: the base weight's.
+                weight = weight + self.get_delta_weight(name)
+            result = operation.apply(x, weight, base.bias)
+        else:
+            result = self._base_result(x, *args, **kwargs)
+        for name, route in routes.items():
+            if name not in fused:
+                result = result + self._update(name, operation, x, route).to(result.dtype)
+        return result
+
+    def mixed_forward(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
+            )
+        result = self._base_result(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.flora_core:
+                continue
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = x[index]
+            if self._own_forward:
+                result = result.index_copy(0, index, self._substituted_forward([name], part, *args, **kwargs))
+                continue
+            operation = self.operation(part, *args, **kwargs)
+            update = self._update(name, operation, part, self._choose_route(name, operation, part, mixed=True))
+            result = result.index_add(0, index, update.to(result.dtype))
+        return result
+
+    def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        backend = self.quantization_backend
+        return result if backend is None else backend.maybe_clone_base_result(result)
+
+    def _substituted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Run a forward of the layer's own, whatever it does with its weight, with `W + dW` in the weight's place."""
+        with standing_in([(self.get_base_layer(), "weight", self._updated_weight(active))]):
+            return self.base_layer(*args, **kwargs)
+
+    def _updated_weight(self, active: Sequence[str]) -> UpdatedWeight | Tensor:
+        updates = [Update.of(self.tucker(name), self.scaling[name], self.flora_dropout[name]) for name in active]
+        return UpdatedWeight(self.get_base_layer().weight, updates)
+
+    def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
+        """What the adapter adds to the base layer's output."""
+        x = self.flora_dropout[name](x)
+        return contract.contract(operation, self.tucker(name), x, route=route, scale=self.scaling[name])
+
+    def _choose_route(self, name: str, operation: contract.Operation, x: Tensor, *, mixed: bool = False) -> str:
+        if self.route != "auto":
+            return self.route if operation.groups == 1 else "dense"
+        rank, fused = self.flora_core[name].weight.shape, not mixed and self._can_fuse(name)
+        return contract.choose_route(operation, self._shape, rank, x, fused=fused)
+
+    def _can_fuse(self, name: str) -> bool:
+        """Whether the base operation can run with W + dW in place of W.
+
+        Not with dropout on the adapter's input alone; not where the base layer is more than its weight (another tuner,
+        a hook, a forward of its own, a quantised weight); not in half precision, where the sum would swallow small
+        updates.
+        """
+        base = self.base_layer
+        return (
+            type(base).forward in self.plain_forwards
+            and self.quantization_backend is None
+            and "forward" not in vars(base)
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not (self.training and isinstance(self.flora_dropout[name], nn.Dropout))
+            and base.weight.dtype == torch.promote_types(self.flora_core[name].weight.dtype, torch.float32)
+        )
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class Linear(WeightLayer):
+    """`nn.Linear`, its quantised forms, and transformers' `Conv1D`, whose weight is stored `(in, out)`."""
+
+    plain_forwards = (nn.Linear.forward, Conv1D.forward)
+
+    @staticmethod
+    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
+        return (0, 1) if isinstance(base_layer, Conv1D) else (1, 0)
+
+    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Linear:
+        return contract.Linear(input_mode=self.modes_of(self.get_base_layer())[0])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Conv(WeightLayer):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`."""
+
+    plain_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    @staticmethod
+    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
+        return contract.Conv.input_mode, contract.Conv.output_mode
+
+    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Conv:
+        return contract.Conv.of(self.get_base_layer())
+
+
+class ConvTranspose(WeightLayer):
+    """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`."""
+
+    plain_forwards = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
+
+    @staticmethod
+    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
+        return contract.ConvTranspose.input_mode, contract.ConvTranspose.output_mode
+
+    def operation(self, x: Tensor, output_size: Sequence[int] | None = None) -> contract.ConvTranspose:
+        return contract.ConvTranspose.of(self.get_base_layer(), x, output_size)
+
+
+class Embedding(WeightLayer):
+    """`nn.Embedding`, plain or scaled (transformers' `embed_scale`). The padding row of dW is zero.
+
+    `sparse` and `scale_grad_by_freq` are about the gradient of the base weight, which is frozen: they do not apply to
+    the adapter.
+    """
+
+    lookup = True
+
+    @staticmethod
+    def modes_of(base_layer: nn.Module) -> tuple[int, int]:
+        return contract.Embedding.input_mode, contract.Embedding.output_mode
+
+    def operation(self, x: Tensor, *args: Any, **kwargs: Any) -> contract.Embedding:
+        return contract.Embedding()
+
+    def expand(self, weight_name: str, tucker: Tucker, scale: float) -> Tensor:
+        """As in every layer; the padding row is zero."""
+        delta = super().expand(weight_name, tucker, scale)
+        padding = self.get_base_layer().padding_idx
+        if padding is None:
+            return delta
+        keep = torch.ones(delta.shape[0], 1, dtype=delta.dtype, device=delta.device)
+        keep[padding] = 0
+        return delta * keep
+
+    def _updated_weight(self, active: Sequence[str]) -> Tensor:
+        weight = self.get_base_layer().weight
+        for name in active:
+            weight = add_update(weight, self.get_delta_weight(name))
+        return weight
+
+    def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
+        update = contract.contract(operation, self.tucker(name), x, route=route, scale=self.scaling[name])
+        padding, dropout = self.get_base_layer().padding_idx, self.flora_dropout[name]
+        if padding is not None:
+            update = update * (x != padding).unsqueeze(-1)
+        if self.training and isinstance(dropout, nn.Dropout):
+            # The input is a one-hot vector: dropping its entry drops the update of that position.
+            update = update * dropout(torch.ones(x.shape, dtype=update.dtype, device=x.device)).unsqueeze(-1)
+        embed_scale = self._get_embed_scale()
+        return update if embed_scale is None else update * embed_scale.to(update.dtype)
+
+
+_KINDS: dict[type[nn.Module], type[WeightLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Conv1d: Conv,
+    nn.Conv2d: Conv,
+    nn.Conv3d: Conv,
+    nn.ConvTranspose1d: ConvTranspose,
+    nn.ConvTranspose2d: ConvTranspose,
+    nn.ConvTranspose3d: ConvTranspose,
+    nn.Embedding: Embedding,
+}
+SUPPORTED_KINDS = (*(kind.__name__ for kind in _KINDS), "MultiheadAttention")
+
+
+def adapted_kind(module: nn.Module) -> tuple[type[nn.Module], type[WeightLayer]] | None:
+    """The supported class that `module` is an instance of, and the class that adapts it; None if there is none."""
+    for kind, layer in _KINDS.items():
+        if isinstance(module, kind):
+            return kind, layer
+    # The backends' own linear layers, those of them that are no subclasses of nn.Linear.
+    return (type(module), Linear) if quantized_as(module) == "linear" else None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module's class computes something else than the supported class that it is a subclass of.
+
+    Not counted are transformers' scaled embeddings, whose scale is known, and quantised layers.
+    """
+    found = adapted_kind(module)
+    if found is None or quantized_as(module) is not None:
+        return False
+    if found[1] is Embedding and hasattr(module, "embed_scale"):
+        return False
+    methods = ("forward", "_conv_forward")
+    return any(getattr(type(module), method, None) is not getattr(found[0], method, None) for method in methods)
+
+
+def quantized_as(module: nn.Module) -> str | None:
+    """The kind of layer ("linear") that PEFT knows this quantised module to be, or None if it is not quantised."""
+    backend = quantization_backend(module)
+    return None if backend is None else backend.layer_type
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight, also where what is stored is packed or sharded."""
+    if quantized_as(module) is not None:
+        return module.out_features, module.in_features
+    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3

@@ -1,0 +1,231 @@
+"""A weight with its updates, for code that computes with the weight itself instead of calling a layer.
+
+Stacks of experts, `nn.MultiheadAttention`, routers and convolutions with a forward of their own read `self.weight`.
+While they run, an `UpdatedWeight` stands in the weight's place. Products with it are computed as the sum of a product
+with `W` and one with the update in its factored form, so that for a stack of experts nothing of dW's size exists:
+
+    W (E, a, b)     core ×₀ U₀ → cores (E, r_a, r_b)     x @ W[e] + x @ dW[e],   dW[e] = U_a cores[e] U_bᵀ
+
+Anything else that is asked of it is asked of the plain tensor `W + dW`, which is always right, and large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from florapeft.contract import expand
+from florapeft.tucker import Tucker
+
+
+class Update(NamedTuple):
+    """One adapter's update of the last two modes `(a, b)` of a weight, with cores for the modes before them.
+
+    Attributes:
+        cores: shape `(…, r_a, r_b)`, the scale included.
+        left: factor `(a, r_a)`, or None where that mode is whole.
+        right: factor `(b, r_b)`, or None.
+        dropout: acts on what is multiplied with the update.
+    """
+
+    cores: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    dropout: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, tucker: Tucker, scale: float, dropout: Callable[[Tensor], Tensor]) -> Update:
+        core, factors = tucker
+        return cls(expand(Tucker(core, (*factors[:-2], None, None)), scale), factors[-2], factors[-1], dropout)
+
+    def transposed(self) -> Update:
+        return Update(self.cores.mT, self.right, self.left, self.dropout)
+
+    def dense(self) -> Tensor:
+        """Shape `(…, a, b)`, in at least float32."""
+        dtype = torch.promote_types(self.cores.dtype, torch.float32)
+        factors = [None if f is None else f.to(dtype) for f in (self.left, self.right)]
+        batch: list[Tensor | None] = [None] * (self.cores.ndim - 2)
+        return expand(Tucker(self.cores.to(dtype), (*batch, *factors)), 1.0)
+
+    def after(self, x: Tensor) -> Tensor:
+        """`x @ dW` for `x` of shape `(…, n, a)`."""
+        h = self.enter(x) @ self.cores.to(x.dtype)
+        return h if self.right is None else h @ self.right.to(x.dtype).mT
+
+    def after_grouped(self, x: Tensor, group: Tensor) -> Tensor:
+        """`x[i] @ dW[group[i]]` for `x` of shape `(n, a)` and cores of shape `(groups, r_a, r_b)`."""
+        h = torch.bmm(self.enter(x).unsqueeze(1), self.cores.to(x.dtype)[group]).squeeze(1)
+        return h if self.right is None else h @ self.right.to(x.dtype).mT
+
+    def enter(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x if self.left is None else x @ self.left.to(x.dtype)
+
+
+class UpdatedWeight:
+    """`W + Σ dW` of order 2 or more, in a tensor's place; see the module's docstring.
+
+    Args:
+        weight: W, shape `(…, a, b)`.
+        updates: one per active adapter.
+    """
+
+    def __init__(self, weight: Tensor, updates: Sequence[Update]) -> None:
+        self.weight = weight
+        self.updates = tuple(updates)
+
+    def dense(self) -> Tensor:
+        """The plain tensor `W + Σ dW`, in the dtype of `W`, rounded once."""
+        total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        for update in self.updates:
+            total = total + update.dense()
+        return total.to(self.weight.dtype)
+
+    def transpose(self, first: int, second: int) -> Any:
+        ndim = self.weight.ndim
+        if {first % ndim, second % ndim} == {ndim - 2, ndim - 1}:
+            return UpdatedWeight(self.weight.mT, [update.transposed() for update in self.updates])
+        return self.dense().transpose(first, second)
+
+    @property
+    def mT(self) -> UpdatedWeight:  # noqa: N802, the tensor's own name for it
+        return self.transpose(-2, -1)
+
+    def t(self) -> Any:
+        return self.transpose(0, 1)
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        return self.transpose(0, 1) if self.weight.ndim == 2 else self.dense().T
+
+    def to(self, *args: Any, **kwargs: Any) -> UpdatedWeight:
+        return UpdatedWeight(self.weight.to(*args, **kwargs), self.updates)
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = isinstance(index, (int, slice)) or (isinstance(index, Tensor) and index.dtype != torch.bool)
+        if whole and self.weight.ndim > 2:
+            return UpdatedWeight(self.weight[index], [u._replace(cores=u.cores[index]) for u in self.updates])
+        return self.dense()[index]
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "updates"):  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.weight if name in _METADATA else self.dense(), name)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(self, other)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # transformers' own operator for grouped products is no attribute of torch to look up.
+        own = getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback"
+        product = _grouped if own else _PRODUCTS.get(func)
+        if product is not None and kwargs.keys() <= {"bias", "offs"}:
+            result = product(func, *args, **kwargs)
+            if result is not None:
+                return result
+        return func(*_dense(args), **_dense(kwargs))
+
+
+_METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "requires_grad", "data_ptr"}
+_METADATA |= {"is_cuda", "is_meta", "is_floating_point", "element_size", "names", "is_sparse", "is_quantized"}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, UpdatedWeight):
+        return value.dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_dense, value))
+    return {key: _dense(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _linear(func: Callable[..., Tensor], x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """`F.linear`: `x @ weightᵀ + bias`."""
+    if not isinstance(weight, UpdatedWeight) or not isinstance(x, Tensor) or weight.weight.ndim != 2:
+        return None
+    return _add(func(x, weight.weight, bias), (update.transposed().after(x) for update in weight.updates))
+
+
+def _matmul(func: Callable[..., Tensor], first: Any, second: Any) -> Tensor | None:
+    """`x @ weight` or `weight @ x`, also batched."""
+    if isinstance(first, Tensor) and isinstance(second, UpdatedWeight):
+        return _add(func(first, second.weight), (update.after(first) for update in second.updates))
+    if isinstance(first, UpdatedWeight) and isinstance(second, Tensor) and second.ndim > 1:
+        x = second.mT  # (weight @ x)ᵀ = xᵀ @ weightᵀ
+        return _add(func(first.weight, second), (update.transposed().after(x).mT for update in first.updates))
+    return None
+
+
+def _grouped(func: Callable[..., Tensor], x: Any, weight: Any, offs: Any = None) -> Tensor | None:
+    """`x[i] @ weight[g]` for rows sorted by their group g, which ends at row `offs[g]`."""
+    if not (isinstance(x, Tensor) and isinstance(weight, UpdatedWeight)) or x.ndim != 2 or weight.weight.ndim != 3:
+        return None
+    if offs is None or any(update.left is None or update.right is None for update in weight.updates):
+        return None  # the cores are then as wide as the weight: one product with the sum
+    rows = torch.arange(len(x), device=x.device, dtype=offs.dtype)
+    # Rows after the last group belong to no expert here; the base leaves them undefined too.
+    group = torch.searchsorted(offs, rows, right=True).clamp(max=len(weight) - 1)
+    return _add(func(x, weight.weight, offs=offs), (update.after_grouped(x, group) for update in weight.updates))
+
+
+def _convolution(func: Callable[..., Tensor], x: Any, weight: Any, bias: Any = None, *args: Any) -> Tensor | None:
+    """A convolution; with the sum of the weights, unless that would lose small updates or pass by their dropout."""
+    if not (isinstance(x, Tensor) and isinstance(weight, UpdatedWeight)):
+        return None
+    exact = all(update.cores.dtype == weight.dtype for update in weight.updates)
+    if exact and not any(isinstance(update.dropout, nn.Dropout) for update in weight.updates):
+        return None
+    return _add(
+        func(x, weight.weight, bias, *args),
+        (func(update.dropout(x), update.dense().to(x.dtype), None, *args) for update in weight.updates),
+    )
+
+
+def _add(result: Tensor, updates: Iterator[Tensor]) -> Tensor:
+    for update in updates:
+        result = result + update.to(result.dtype)
+    return result
+
+
+_PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.bmm: _matmul,
+    torch._grouped_mm: _grouped,  # what F.grouped_mm calls
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+}
+
+
+@contextmanager
+def standing_in(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """While the context lasts, `module.name` is `value`; the module's parameters stay registered as they are.
+
+    An instance's own attribute is found before nn.Module looks for a parameter of that name.
+    """
+    try:
+        for module, name, value in places:
+            vars(module)[name] = value
+        yield
+    finally:
+        for module, name, _ in places:
+            vars(module).pop(name, None)
