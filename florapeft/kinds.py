@@ -84,20 +84,28 @@ class WeightLayer(FloraLayer):
         return result
 
     def mixed_forward(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
+        count = len(adapter_names)
+        x = _repeated(x, count)
+        if len(x) != count:
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {count} "
                 f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
             )
-        result = self._base_result(x, *args, **kwargs)
+        result = _repeated(self._base_result(x, *args, **kwargs), count)
         for name in dict.fromkeys(adapter_names):
             if name not in self.flora_core:
                 continue
             index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = x[index]
             if self._own_forward:
-                result = result.index_copy(0, index, self._substituted_forward([name], part, *args, **kwargs))
+                own = _repeated(self._substituted_forward([name], x, *args, **kwargs), count)
+                if len(own) != count:
+                    raise NotImplementedError(
+                        f"`adapter_names` and an adapted {type(self.get_base_layer()).__name__}, whose output of shape "
+                        f"{tuple(own.shape)} does not have the {count} samples on its first axis"
+                    )
+                result = result.index_copy(0, index, own[index])
                 continue
+            part = x[index]
             operation = self.operation(part, *args, **kwargs)
             update = self._update(name, operation, part, self._choose_route(name, operation, part, mixed=True))
             result = result.index_add(0, index, update.to(result.dtype))
@@ -234,6 +242,11 @@ class Embedding(WeightLayer):
             update = update * dropout(torch.ones(x.shape, dtype=update.dtype, device=x.device)).unsqueeze(-1)
         embed_scale = self._get_embed_scale()
         return update if embed_scale is None else update * embed_scale.to(update.dtype)
+
+
+def _repeated(batch: Tensor, count: int) -> Tensor:
+    """One sample stands for `count`: what is the same for all of them, such as positions, is computed once."""
+    return batch.expand(count, *batch.shape[1:]) if len(batch) == 1 else batch
 
 
 _KINDS: dict[type[nn.Module], type[WeightLayer]] = {

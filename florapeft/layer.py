@@ -173,8 +173,6 @@ class FloraLayer(FloraWrapper):
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
-            if not any(name in self.flora_core for name in adapter_names):
-                return self.base_layer(*args, **kwargs)
             return self.mixed_forward(adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.flora_core]
         if self.merged or not active:
@@ -251,13 +249,13 @@ class FloraLayer(FloraWrapper):
     def _get_base(self, weight_name: str) -> Tensor:
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        return self.get_base_layer().get_parameter(weight_name).data
+        return weight_of(self.get_base_layer(), weight_name).data
 
     def _set_base(self, weight_name: str, value: Tensor) -> None:
         if self.quantization_backend is not None:
             self.quantization_backend.set_base_weight(self._innermost(), value)
         else:
-            self.get_base_layer().get_parameter(weight_name).data.copy_(value)
+            weight_of(self.get_base_layer(), weight_name).data.copy_(value)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's multiplier to `scale` times its configured one."""
@@ -275,6 +273,12 @@ class FloraLayer(FloraWrapper):
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """The module's weight of this name, which may be that of a submodule; under FSDP it is no nn.Parameter."""
+    owner_name, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner_name), attribute)
 
 
 def quantization_backend(module: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:

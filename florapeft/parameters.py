@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from florapeft.config import FloraConfig
 from florapeft.init import initialize
-from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker
+from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker, weight_of
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
 
@@ -37,7 +37,7 @@ class FloraParameters(FloraLayer):
     ) -> None:
         key = weight_name.replace(".", "_")
         self.weight_names[key] = weight_name
-        weight = self.get_base_layer().get_parameter(weight_name)
+        weight = weight_of(self.get_base_layer(), weight_name)
         core, factors = adapter_tensors(parameter_shape(weight), rank)
         input_mode, output_mode = _input_and_output_mode(self.get_base_layer(), len(rank))
         tucker, start = as_tucker(core, factors), config.init_weights
@@ -106,7 +106,7 @@ class FloraParameters(FloraLayer):
         return standing_in(places)
 
     def _updated_weight(self, weight_name: str, tuckers: Sequence[tuple[str, Tucker]]) -> UpdatedWeight | Tensor:
-        weight = self.get_base_layer().get_parameter(weight_name)
+        weight = weight_of(self.get_base_layer(), weight_name)
         if self.route == "dense" or weight.ndim == 1:
             for name, tucker in tuckers:
                 weight = add_update(weight, self.expand(weight_name, tucker, self.scale_of(name, weight_name)))
@@ -118,6 +118,8 @@ class FloraParameters(FloraLayer):
 
     def mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Run the samples of each adapter by themselves."""
+        if not any(name in self.flora_core for name in adapter_names):
+            return self.base_layer(*args, **kwargs)
         take, axis = self._by_sample(len(adapter_names), args, kwargs)
         parts, order = [], []
         for name in dict.fromkeys(adapter_names):
@@ -154,7 +156,7 @@ class FloraParameters(FloraLayer):
         return take, 0
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self.get_base_layer().get_parameter(next(iter(self.weight_names.values())))
+        weight = weight_of(self.get_base_layer(), next(iter(self.weight_names.values())))
         return weight.device, weight.dtype
 
     def __getattr__(self, name: str) -> Any:
@@ -167,6 +169,11 @@ class FloraParameters(FloraLayer):
 
 class MultiheadAttention(FloraParameters):
     """`nn.MultiheadAttention`: its input projections, packed or not, and its output projection."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, model: nn.Module) -> None:
+        super().__init__(base_layer, adapter_name, model)
+        # As PEFT has them for such a module.
+        self.in_features, self.out_features = self.get_base_layer().embed_dim, 3 * self.get_base_layer().embed_dim
 
     def _by_sample(
         self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]

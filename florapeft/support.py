@@ -29,8 +29,7 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     sharded = _why_not_sharded(module)
     if sharded is not None:
         return sharded
-    parent_name, _, own_name = name.rpartition(".")
-    bypassed = _why_bypassed(model.get_submodule(parent_name), own_name)
+    bypassed = _why_bypassed(name, model)
     if bypassed is not None:
         return bypassed
     if isinstance(module, nn.MultiheadAttention):
@@ -63,8 +62,7 @@ def why_not_parameter(name: str, module: nn.Module, model: nn.Module) -> str | N
     sharded = _why_not_sharded(module)
     if sharded is not None:
         return sharded
-    parent_name, _, own_name = module_name.rpartition(".")
-    return _why_bypassed(model.get_submodule(parent_name), own_name)
+    return _why_bypassed(module_name, model)
 
 
 def shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -81,7 +79,7 @@ def shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
     """
     owners: dict[int, list[str]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key.removesuffix(".weight").removesuffix(".base_layer"))
+        owners.setdefault(id(parameter), []).append(key.removesuffix(".weight").replace(".base_layer", ""))
     others = {
         name: [other for other in owners.get(id(weight), ()) if other != name.removesuffix(".weight")]
         for name, weight in weights.items()
@@ -100,8 +98,13 @@ def _why_not_sharded(module: nn.Module) -> str | None:
     return None
 
 
-def _why_bypassed(parent: nn.Module, own_name: str) -> str | None:
-    """Why an adapter around the parent's submodule `own_name` would not act, or None."""
+def _why_bypassed(name: str, model: nn.Module) -> str | None:
+    """Why an adapter around the module of this name would not act, or None."""
+    parent_name, _, own_name = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and parent_name:
+        parent_name, _, own_name = parent_name.rpartition(".")
+        parent = model.get_submodule(parent_name)
     read, called = _weights_read(type(parent))
     if own_name in read and own_name not in called:
         return f"{type(parent).__name__} reads its weight and never calls it"
@@ -117,7 +120,7 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 
 @cache
 def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the submodules whose weight the methods of such a module read, and of those that they call.
+    """Names of the submodules (or lists of them) whose weight such a module's methods read, and of those they call.
 
     From the source of the class: fused kernels (Mamba's and its successors', peft#2556), torch's attention, queries
     kept in an embedding. A class without source counts as reading none.
@@ -133,5 +136,8 @@ def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[st
         source = "\n".join(inspect.getsource(method) for method in methods)
     except (OSError, TypeError):
         return frozenset(), frozenset()
-    used = r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)"
-    return frozenset(re.findall(used, source)), frozenset(re.findall(r"self\.(\w+)\(", source))
+    used = (
+        r"(?<!isinstance\()self\.(\w+)(?:\[[^\]]+\])?\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)"
+    )
+    called = r"self\.(\w+)(?:\[[^\]]+\])?\("
+    return frozenset(re.findall(used, source)), frozenset(re.findall(called, source))

@@ -120,12 +120,27 @@ class UpdatedWeight:
         return (self[index] for index in range(len(self)))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "updates"):  # while it is being copied or unpickled
+        if name in ("weight", "updates") or name.startswith("__"):  # asked by whoever copies or pickles it
             raise AttributeError(name)
         return getattr(self.weight if name in _METADATA else self.dense(), name)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return torch.matmul(self, other)
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.dense() + other
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.dense() - other
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.dense() * other
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return other * self.dense()
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.dense() / other
 
     @classmethod
     def __torch_function__(
@@ -165,9 +180,11 @@ def _matmul(func: Callable[..., Tensor], first: Any, second: Any) -> Tensor | No
     """`x @ weight` or `weight @ x`, also batched."""
     if isinstance(first, Tensor) and isinstance(second, UpdatedWeight):
         return _add(func(first, second.weight), (update.after(first) for update in second.updates))
-    if isinstance(first, UpdatedWeight) and isinstance(second, Tensor) and second.ndim > 1:
-        x = second.mT  # (weight @ x)ᵀ = xᵀ @ weightᵀ
-        return _add(func(first.weight, second), (update.transposed().after(x).mT for update in first.updates))
+    if isinstance(first, UpdatedWeight) and isinstance(second, Tensor):
+        turned = [update.transposed() for update in first.updates]  # (weight @ x)ᵀ = xᵀ @ weightᵀ
+        if second.ndim == 1:
+            return _add(func(first.weight, second), (update.after(second) for update in turned))
+        return _add(func(first.weight, second), (update.after(second.mT).mT for update in turned))
     return None
 
 
@@ -220,12 +237,19 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
 def standing_in(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """While the context lasts, `module.name` is `value`; the module's parameters stay registered as they are.
 
-    An instance's own attribute is found before nn.Module looks for a parameter of that name.
+    An instance's own attribute is found before nn.Module looks for a parameter of that name. FSDP puts one there, too.
     """
+    before = [vars(module).get(name, _NOTHING) for module, name, _ in places]
     try:
         for module, name, value in places:
             vars(module)[name] = value
         yield
     finally:
-        for module, name, _ in places:
-            vars(module).pop(name, None)
+        for (module, name, _), value in zip(places, before, strict=True):
+            if value is _NOTHING:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
+
+
+_NOTHING = object()
