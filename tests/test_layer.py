@@ -22,6 +22,33 @@ from florapeft.contract import ROUTES
 
 ROWS = (3, 5)
 
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, as in BiT and ResNet-V2."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class Causal(nn.Conv3d):
+    """Padded in front, along time, as in video VAEs."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 0, 0, 2, 0)))
+
+
+class Positions(nn.Embedding):
+    """With an offset, as BART's and OPT's."""
+
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
 # name: module, input shape (row numbers for embeddings), keyword arguments of its forward
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 8), (5, 6)),
@@ -58,6 +85,10 @@ LAYERS = {
     "embedding with padding from the end": (lambda: nn.Embedding(9, 6, padding_idx=-1), ROWS),
     "embedding scaled by a float": (lambda: BartScaledWordEmbedding(9, 6, 1, embed_scale=2.5), ROWS),
     "embedding scaled by a buffer": (lambda: Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=2.5), ROWS),
+    "own forward, linear": (lambda: Scaled(6, 8), (5, 6)),
+    "own forward, conv2d standardised": (lambda: Standardised(6, 8, 3), (2, 6, 4, 5)),
+    "own forward, conv3d causal": (lambda: Causal(6, 8, (3, 1, 3)), (2, 6, 2, 2, 3)),
+    "own forward, embedding": (lambda: Positions(12, 6, padding_idx=2), ROWS),
 }
 # One of each class of layer, for what does not depend on the options.
 KINDS = ["linear", "linear stored (in, out)", "conv1d", "conv2d", "conv2d groups", "conv3d"]
