@@ -28,6 +28,7 @@ lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 
 bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/starts.py --data $(DATA)
+	$(BIN)/python benchmarks/architectures.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove .venv, build output and caches; results and adapters stay

@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("florapeft", "torch", "peft", "transformers")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, and the commit that was measured."""
+def environment(*more: str) -> dict[str, Any]:
+    """Versions (of `more` packages too), device, and the commit that was measured."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
     ).stdout.strip()
     return {
         "commit": commit,
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in (*PACKAGES, *more)} | {"python": platform.python_version()},
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -77,9 +77,42 @@ def stability(kind: str) -> Callable[[], str]:
     return build
 
 
+def architectures() -> str:
+    """What "all-weights" adapts in each architecture and what it leaves out, and what does not hold."""
+    rows = _read("architectures")["rows"]
+    lines = [
+        (
+            name,
+            *(
+                ", ".join(f"{kind['kind']} {kind['count']}" for kind in row["adapted"] if kind["order"] == order)
+                for order in (2, 3, 4, 5)
+            ),
+            "; ".join(map(_left_out, row["left_out"])),
+        )
+        for name, row in rows.items()
+    ]
+    header = ("architecture", *(f"order {order}" for order in (2, 3, 4, 5)), "left out")
+    fails = [
+        f"* {name}, {check}: {problem}"
+        for name, row in rows.items()
+        for check, problem in row["checks"].items()
+        if problem
+    ]
+    verdict = ["What does not hold:", "", *fails] if fails else [f"All checks hold in all {len(rows)} rows."]
+    unused = [f"* {name}: {row['unused']}" for name, row in rows.items() if row["unused"]]
+    notes = ["Adapters that no output depends on, and that therefore stay as they are:", "", *unused]
+    return "\n".join([_table(header, lines), "", *verdict, "", *notes])
+
+
+def _left_out(left: dict[str, Any]) -> str:
+    example = ".".join(left["example"].split(".")[-2:])
+    return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "starts": starts,
+    "architectures": architectures,
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
 }
