@@ -150,8 +150,9 @@ class UpdatedWeight:
         # transformers' own operator for grouped products is no attribute of torch to look up.
         own = getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback"
         product = _grouped if own else _PRODUCTS.get(func)
-        if product is not None and kwargs.keys() <= {"bias", "offs"}:
-            result = product(func, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if product is not None and given.keys() <= {"bias", "offs"}:
+            result = product(func, *args, **given)
             if result is not None:
                 return result
         return func(*_dense(args), **_dense(kwargs))

@@ -74,6 +74,10 @@ PRODUCTS = {
         lambda x, w: torch.ops.transformers.grouped_mm_fallback(x, w, offs=OFFS),
     ),
 }
+GROUPED = {
+    "grouped": lambda x, w: F.grouped_mm(x, w, offs=OFFS),
+    "grouped, transposed": lambda x, w: torch._grouped_mm(x, w.transpose(-2, -1), offs=OFFS),
+}
 # What no product of the above is, is asked of the plain tensor.
 OTHERS = {
     "sum": (MATRIX, None, lambda x, w: w.sum()),
@@ -134,12 +138,16 @@ class NothingLike(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCTS if not name.startswith("grouped")])
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_products_do_not_build_the_update(name):
     shape, x, compute = PRODUCTS[name]
     if "chosen" in name:  # the base itself copies the experts that it chooses
         pytest.skip("the chosen experts' weights are copied by the base")
     weight, plain, _ = updated(shape, [2] * len(shape))
+    if name.startswith("grouped"):
+        weight = UpdatedWeight(weight.weight.float(), weight.updates)
+        x = x.float()
+        compute = {"grouped by transformers": compute}.get(name, GROUPED.get(name))
     with NothingLike(shape, shape[1:], shape[-2:], shape[-2:][::-1], (shape[0], *shape[:0:-1])):
         compute(x, weight)
     with pytest.raises(AssertionError, match="made"), NothingLike(shape, shape[-2:], shape[-2:][::-1]):
