@@ -69,7 +69,9 @@ class FloraWrapper(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet, while the layer is copied or unpickled
+            # Not how it is copied, nor accelerate's hook on it, which is moved about by these names. And `base_layer`
+            # is not there yet while the layer is copied or unpickled.
+            if name in ("base_layer", "_hf_hook", "_old_forward") or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -169,10 +171,6 @@ class FloraLayer(FloraWrapper):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
-            if self.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
             return self.mixed_forward(adapter_names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.flora_core]
         if self.merged or not active:
@@ -224,8 +222,9 @@ class FloraLayer(FloraWrapper):
     def unmerge(self) -> None:
         """Take all merged updates out of the base weights again.
 
-        A quantised base is put back as it was, bit for bit. Another is the original up to two roundings in its dtype:
-        each entry to within `u · (|W| + 2 |W + dW|)`, `u` being half of the dtype's `eps`.
+        A quantised base is put back as it was, bit for bit. Another is the original up to two roundings in its dtype
+        per adapter: each entry to within `u · Σ (|Wₖ₋₁| + |Wₖ|)`, to first order in `u`, half of the dtype's `eps`;
+        Wₖ is the weight with the first k adapters merged, W₀ the original.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)

@@ -272,7 +272,7 @@ class FloraModel(BaseTuner):
         fill(self.model, adapter_name, tuckers)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        return mixed_batch(self.model, kwargs.pop("adapter_names", None), kwargs.get("num_beams"))
+        return mixed_batch(self.model, kwargs.pop("adapter_names", None), kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
