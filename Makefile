@@ -18,9 +18,10 @@ help:  ## list the targets
 demo: $(VENV)/.stamp-cli  ## fine-tune the built-in network on real data (about 3 minutes on 2 cores)
 	$(BIN)/flora train
 
-test: $(VENV)/.stamp-dev  ## all tests that need no GPU, and the wheel outside the tree
+test: $(VENV)/.stamp-dev  ## all tests that need no GPU, the wheel outside the tree, and PEFT's own tests
 	@bash scripts/smoke_wheel.sh $(BIN)/python
 	$(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python scripts/peft_suite.py
 
 lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 	$(BIN)/ruff check .
