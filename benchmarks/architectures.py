@@ -178,7 +178,7 @@ def left_out(model: nn.Module, modules: dict[str, nn.Module], targets: list[Targ
     heads = tuple(f"{head}." for head in task_heads(model))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in adapted:
             continue
         # Parametrized, as under weight norm, a layer's weight is computed from parameters in a module inside it.

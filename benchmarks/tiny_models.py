@@ -534,6 +534,21 @@ def monai_unet() -> Built:
     return model, {"x": torch.randn(2, 1, 8, 8, 8)}
 
 
+def monai_dynunet() -> Built:
+    from monai.networks.nets import DynUNet
+
+    model = DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        kernel_size=[3, 3, 3],
+        strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2],
+        filters=[4, 8, 16],
+    )
+    return model, {"x": torch.randn(2, 1, 8, 8, 8)}
+
+
 MODELS: dict[str, Callable[[], Built]] = {
     "ConvNeXt V2": convnextv2,
     "ResNet": resnet,
@@ -574,6 +589,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "CogVideoX VAE": autoencoder_cogvideox,
     "HunyuanVideo VAE": autoencoder_hunyuan,
     "MONAI UNet, 3-D": monai_unet,
+    "MONAI DynUNet, 3-D": monai_dynunet,
 }
 
 # Adapters that no output depends on, however long one trains: a pattern of their names, and what they are.

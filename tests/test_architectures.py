@@ -14,7 +14,7 @@ RECORD = json.loads((RESULTS / "architectures.json").read_text())
 def test_architecture(name):
     """Identity at the start, training, reload, merge; and the same layers adapted and left out as in the table."""
     library = RECORD["rows"][name]["library"]
-    pytest.importorskip(library, reason="the models of diffusers need Python 3.11")
+    pytest.importorskip(library)  # diffusers needs Python 3.11
     found = examine(name)
     assert problems(found) == {}
     # Another version of the library may build another model.
