@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from florapeft.config import FloraConfig
+from florapeft.kinds import Embedding
 from florapeft.layer import FloraLayer
+from florapeft.rank import validate_rank
 from florapeft.tucker import Tucker, hooi, mode_dot, multi_mode_dot
 
 
@@ -29,7 +32,7 @@ def concatenate(tuckers: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
         A Tucker tensor in at least float32, whose rank is at most the sum of theirs.
     """
     shape = tuckers[0].shape
-    dtype = torch.promote_types(tuckers[0].core.dtype, torch.float32)
+    dtype = reduce(torch.promote_types, (tucker.core.dtype for tucker in tuckers), torch.float32)
     cores: list[Tensor] = [tucker.core.to(dtype) * weight for tucker, weight in zip(tuckers, weights, strict=True)]
     joined: list[Tensor | None] = []
     for mode, size in enumerate(shape):
@@ -93,8 +96,12 @@ def check_combination(
     """Check the arguments of `FloraModel.add_weighted_adapter`.
 
     Raises:
-        ValueError: what was given and what is needed.
+        TypeError, ValueError: what was given and what is needed.
     """
+    if not isinstance(adapters, (list, tuple)):
+        raise TypeError(f"adapters must be a list of names, got {adapters!r}")
+    if not isinstance(weights, (list, tuple)) or not all(isinstance(weight, (int, float)) for weight in weights):
+        raise TypeError(f"weights must be a list of numbers, got {weights!r}")
     if adapter_name in configs:
         raise ValueError(f"there is already an adapter {adapter_name!r}: delete it first, or choose another name")
     if missing := [name for name in adapters if name not in configs]:
@@ -107,6 +114,8 @@ def check_combination(
         raise ValueError(f"combination_type must be 'cat' (exact) or 'hooi' (to a rank), got {combination_type!r}")
     if (combination_type == "hooi") != (r is not None):
         raise ValueError(f"combination_type='hooi' takes a rank r, and 'cat' none; got {combination_type!r} and r={r}")
+    if r is not None:
+        validate_rank(r, "r")
     for name in adapters:
         config = configs[name]
         extra = {
@@ -119,6 +128,7 @@ def check_combination(
             raise ValueError(f"adapter {name!r} has {used[0]}, which is no update of a weight: only those add up")
 
 
+@torch.no_grad()
 def combined_tuckers(model: nn.Module, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Tucker]:
     """The exact weighted sum of the adapters, their scales included, for every weight that one of them updates.
 
@@ -135,7 +145,10 @@ def combined_tuckers(model: nn.Module, adapters: Sequence[str], weights: Sequenc
                 for weight_name, tucker in layer.tuckers(adapter).items():
                     parts.setdefault(weight_name, []).append((tucker, weight * layer.scale_of(adapter, weight_name)))
         for weight_name, tuckers in parts.items():
-            combined[layer.target_name(module_name, weight_name)] = concatenate(*zip(*tuckers, strict=True))
+            total = concatenate(*zip(*tuckers, strict=True))
+            if isinstance(layer, Embedding) and (padding := layer.get_base_layer().padding_idx) is not None:
+                (total.core if total.factors[0] is None else total.factors[0])[padding] = 0  # as its update has it
+            combined[layer.target_name(module_name, weight_name)] = total
     return combined
 
 

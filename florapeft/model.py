@@ -118,6 +118,7 @@ class FloraModel(BaseTuner):
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
         _check_modules_to_save(peft_config, targets)
+        _check_nesting(model, targets, peft_config)
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
             peft_config.target_parameters = bare_parameters(targets) or None
@@ -308,6 +309,11 @@ class FloraModel(BaseTuner):
 
 def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     parts = {*_CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
+    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter name {adapter_name!r} cannot be that of a module: choose one without dots that no attribute of "
+            "torch's modules has"
+        )
     if adapter_name.isdecimal() or adapter_name in parts:
         raise ValueError(
             f"adapter name {adapter_name!r} can be a part of the keys that other adapters are saved under, and PEFT "
@@ -331,6 +337,28 @@ def _check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
                 f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
                 f"end of what the adapter of {ends[0]!r} is called: give the full name"
             )
+
+
+def _check_nesting(model: nn.Module, targets: list[Target], config: FloraConfig) -> None:
+    """PEFT unloads the outer one of two nested layers, so that adapters have to agree on what they wrap."""
+    for target in targets:
+        module = model.get_submodule(target.module)
+        inner = [name for name, inside in module.named_modules() if isinstance(inside, FloraWrapper)]
+        if isinstance(module, FloraWrapper) and not isinstance(module, target.layer):
+            kind = type(module).__name__
+            raise ValueError(f"cannot adapt {target.name}: another adapter has {target.module} as a flora.{kind}")
+        if inner and not isinstance(module, BaseTunerLayer):
+            raise ValueError(f"cannot adapt {target.name}: another adapter is on {target.module}.{inner[0]}, inside it")
+    if config.save_batch_norm:
+        wrapped = {target.module for target in targets if issubclass(target.layer, FloraParameters)}
+        wrapped |= {name for name, module in model.named_modules() if isinstance(module, FloraParameters)}
+        for name, module in model.named_modules():
+            outer = [other for other in wrapped if f"{name}.".startswith(f"{other}.")]
+            if outer and has_statistics(module):
+                raise ValueError(
+                    f"save_batch_norm=True: the batch norm {name} is, or is inside, {outer[0]}, whose parameters are "
+                    "adapted by name: PEFT would not find it again inside that wrapper"
+                )
 
 
 def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:

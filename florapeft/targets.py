@@ -157,8 +157,11 @@ def adapted_targets(model: nn.Module) -> list[Target]:
         if isinstance(layer, WeightLayer):
             targets += describe(name, layer.get_base_layer())
         elif isinstance(layer, FloraParameters):
-            base = layer.get_base_layer()
-            targets += [describe_parameter(f"{name}.{w}", name, w, base) for w in layer.weight_names.values()]
+            base, bare = layer.get_base_layer(), set(layer.weight_names.values())
+            if isinstance(base, nn.MultiheadAttention):
+                targets += [target for target in describe(name, base) if target.weight in bare]
+                bare -= set(attention_weights(base))
+            targets += [describe_parameter(f"{name}.{w}", name, w, base) for w in sorted(bare)]
     return targets
 
 
@@ -317,12 +320,12 @@ def _why_not_parameter(name: str, module: nn.Module, model: nn.Module, targets: 
     """Why this parameter cannot be adapted, beside the targets that there are already."""
     module_name = name.rpartition(".")[0]
     for other in targets:
-        if other.bare:
-            continue
-        if other.module == module_name:
+        if other.module == module_name and not other.bare:
             return f"its module {module_name} is adapted as a layer; for a layer's bias there is bias='flora_only'"
         if other.module.startswith(f"{module_name}."):
             return f"its module holds other targets, as {other.name}, which PEFT would not find again inside a wrapper"
+        if module_name.startswith(f"{other.module}."):
+            return f"its module is inside that of {other.name}, and PEFT would not find it again inside a wrapper"
     return why_not_parameter(name, module, model)
 
 

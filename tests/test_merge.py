@@ -134,3 +134,53 @@ class TestStatus:
         with pytest.raises(ValueError, match="Hotswapping only supports LORA but FLORA was passed"):
             hotswap_adapter(model, tmp_path / "first", adapter_name="first")
         assert torch.equal(layer.get_delta_weight("first"), before)
+
+
+class Block(nn.Module):
+    """Parameters of its own, and around other modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.norm = nn.LayerNorm(4)
+        self.batch_norm = nn.BatchNorm1d(4)
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.gamma * self.lin(self.batch_norm(self.norm(x)))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"target_parameters": ["norm.weight"]}, {"target_parameters": ["gamma"]}),
+        ({"target_parameters": ["gamma"]}, {"target_parameters": ["norm.weight"]}),
+        ({"target_modules": ["lin"]}, {"target_parameters": ["gamma"]}),
+        ({"target_modules": ["lin"]}, {"target_parameters": ["lin.weight"]}),
+        ({"target_parameters": ["lin.weight"]}, {"target_modules": ["lin"]}),
+        ({"target_modules": ["lin"], "save_batch_norm": True}, {"target_parameters": ["batch_norm.weight"]}),
+        ({"target_parameters": ["batch_norm.weight"]}, {"target_modules": ["lin"], "save_batch_norm": True}),
+        (
+            {"target_parameters": ["gamma"], "target_modules": []},
+            {"target_parameters": ["norm.bias"], "save_batch_norm": True},
+        ),
+    ],
+)
+def test_nested_layers_are_refused(first, second, together):
+    """PEFT would unload the outer one, and lose the other, or not run it at all."""
+    base = nn.Sequential(Block(), Block())
+    names = list(base.state_dict())
+    if together:
+        both = {key: [*first.get(key, ()), *second.get(key, ())] for key in ("target_modules", "target_parameters")}
+        both["save_batch_norm"] = "save_batch_norm" in (first | second)
+        with pytest.raises(ValueError, match=r"inside|holds other targets|adapted as a layer"):
+            get_peft_model(base, FloraConfig(**both))
+        assert list(base.state_dict()) == names
+    else:
+        model = get_peft_model(base, FloraConfig(**first))
+        names = list(model.state_dict())
+        with pytest.raises(ValueError, match=r"inside|not found|which no module has|another adapter has"):
+            model.add_adapter("other", FloraConfig(**second))
+        assert list(model.state_dict()) == names
+        assert list(model.peft_config) == ["default"]
