@@ -194,20 +194,23 @@ _18 = ((64, 128, 256, 512), (2, 2, 2, 2), Residual)
 _50 = ((256, 512, 1024, 2048), (3, 4, 6, 3), Bottleneck)
 _RESNET18 = Network(lambda: resnet(*_18, small=False), (8, 3, 96, 96), 16, INNER)
 
+_CONVNEXT = Network(lambda: convnextv2([3, 3, 9, 3], [96, 192, 384, 768], 64), (8, 3, 64, 64), 8, INNER)
+
 
 def _both(name: str, network: Network) -> dict[str, Network]:
     return {name: network, f"{name}-channels-last": replace(network, channels_last=True)}
 
 
 CPU: dict[str, Network] = {
-    "resnet20": Network(lambda: resnet((16, 32, 64), (3, 3, 3), Residual, small=True), (32, 3, 32, 32), 4, INNER),
+    "resnet20": Network(lambda: resnet((16, 32, 64), (3, 3, 3), Residual, small=True), (32, 3, 32, 32), 8, INNER),
     **_both("resnet18-32", Network(lambda: resnet(*_18, small=True), (32, 3, 32, 32), 16, INNER)),
     **_both("resnet18-96", _RESNET18),
     **_both("resnet18-128", replace(_RESNET18, shape=(4, 3, 128, 128))),
-    "convnextv2": Network(lambda: convnextv2([3, 3, 9, 3], [96, 192, 384, 768], 64), (8, 3, 64, 64), 8, INNER),
-    "bert": Network(lambda: bert(4), (4, 128, 768), 8, keyword="inputs_embeds"),
+    "convnextv2": _CONVNEXT,
+    "convnextv2-pointwise": replace(_CONVNEXT, targets=r".*\.pwconv[12]"),  # LoRA cannot adapt the depthwise 7x7
+    "bert": Network(lambda: bert(4), (2, 128, 768), 8, keyword="inputs_embeds"),
     "llama": Network(lambda: llama(4, 1024, 2816, 16, 128), (2, 128, 1024), 8, keyword="inputs_embeds"),
-    "unet3d": Network(UNet3d, (1, 1, 48, 48, 48), 4, INNER),
+    "unet3d": Network(UNet3d, (1, 1, 48, 48, 48), 8, INNER),
     "diffusion": Network(lambda: diffusion(32, (128, 256), 256, 1), (2, 4, 32, 32), 8, INNER, lambda: context(2, 256)),
 }
 

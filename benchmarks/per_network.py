@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def run(
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.cpu_time:
         torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT asks transformers for it
     logging.getLogger("florapeft").setLevel(logging.ERROR)  # about running statistics, which we do not save
     names = list(dict.fromkeys(["frozen", "LoRA", *arguments.methods]))
     path = record.RESULTS / (f"{name}_gpu.json" if ON_GPU else f"{name}.json")
