@@ -77,6 +77,38 @@ def stability(kind: str) -> Callable[[], str]:
     return build
 
 
+def peft_suite() -> str:
+    """Counts of PEFT's own tests."""
+    record = _read("peft_suite")
+    releases = record["releases"]
+    kinds = ("passed", "failed", "skipped")
+    suites = sorted({suite for release in releases.values() for suite in release["suites"]})
+    counts = [
+        [release["suites"].get(suite, {}).get(kind, 0) for release in releases.values() for kind in kinds]
+        for suite in suites
+    ]
+    rows = [(f"`{suite}`", *numbers) for suite, numbers in zip(suites, counts, strict=True)]
+    rows.append(("in all", *map(sum, zip(*counts, strict=True))))
+    versions = record["environment"]["versions"]
+    ran = f"torch {versions['torch']}, transformers {versions['transformers']}, Python {versions['python']}"
+    header = ("PEFT's suite", *(f"{release}: {kind}" for release in releases for kind in kinds))
+    return f"{_table(header, rows)}\n\nCounted on {record['date']} with {ran}."
+
+
+def peft_skips() -> str:
+    """Which of PEFT's own tests skip, with PEFT's reasons."""
+    releases = _read("peft_suite")["releases"]
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for release, record in releases.items():
+        for skip in record["skips"]:
+            counts.setdefault((skip["test"], skip["reason"]), {})[release] = skip["count"]
+    rows = [
+        (f"`{test}`", reason, *(by_release.get(release, 0) for release in releases))
+        for (test, reason), by_release in counts.items()
+    ]
+    return _table(("test", "PEFT's reason", *releases), rows)
+
+
 def architectures() -> str:
     """What "all-weights" adapts in each architecture and what it leaves out, and what does not hold."""
     rows = _read("architectures")["rows"]
@@ -115,6 +147,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
+    "peft-suite": peft_suite,
+    "peft-skips": peft_skips,
 }
 
 
