@@ -7,9 +7,11 @@ adapter's file does not have them. With `save_batch_norm`, each adapter has a se
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -65,8 +67,8 @@ class FloraBatchNorm(FloraWrapper):
             return self.base_layer(x)
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)
-        own = [name for name in self.active_adapters if name in self.flora_statistics]
-        return self.base_layer(x) if self.merged or not own else self._forward_with(own[0], x)
+        name = self._first_of()
+        return self.base_layer(x) if self.merged or name is None else self._forward_with(name, x)
 
     def _forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
         base, statistics = self.get_base_layer(), self.flora_statistics[adapter_name]
@@ -75,6 +77,11 @@ class FloraBatchNorm(FloraWrapper):
             return self.base_layer(x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
+            )
         result = self.base_layer(x)
         for name in dict.fromkeys(adapter_names):
             if name in self.flora_statistics:
@@ -84,12 +91,25 @@ class FloraBatchNorm(FloraWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the statistics of the first of the adapters that has some into the base."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        own = [name for name in names if name in self.flora_statistics]
-        if own and not self.merged:
+        self.check_merge(adapter_names, finite=safe_merge)
+        name = self._first_of(adapter_names)
+        if name is not None and not self.merged:
             self._before_merge = (Statistics(self.get_base_layer()),)
-            self.flora_statistics[own[0]].write_to(self.get_base_layer())
-            self.merged_adapters.append(own[0])
+            self.flora_statistics[name].write_to(self.get_base_layer())
+            self.merged_adapters.append(name)
+
+    def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool) -> None:
+        """Raise what merging would raise, and change nothing."""
+        name = self._first_of(adapter_names)
+        own = self.flora_statistics[name].buffers() if finite and name is not None else ()
+        if not all(torch.isfinite(statistic).all() for statistic in own):
+            # PEFT's own message, which its users know.
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def _first_of(self, adapter_names: list[str] | None = None) -> str | None:
+        """Of these adapters, or of the active ones, the first that has statistics."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return next((name for name in names if name in self.flora_statistics), None)
 
     def unmerge(self) -> None:
         """Put the base's own statistics back, bit for bit."""
@@ -104,9 +124,19 @@ def has_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and getattr(module, "running_mean", None) is not None
 
 
+def norms_with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of all batch norms but those in `modules_to_save`, which are saved in full."""
+    inside: tuple[str, ...] = ()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inside += (f"{name}.",)
+        elif has_statistics(module) and not name.startswith(inside):
+            yield name, module
+
+
 def warn_when_trained(model: nn.Module) -> None:
     """Say once, at the first training step in train mode, that the model's batch norms move and are not saved."""
-    norms = [module for module in model.modules() if has_statistics(module)]
+    norms = [module for _, module in norms_with_statistics(model)]
     if any(_warnings_of(norm) for norm in norms):
         return
     warning = _Warning(len(norms))
@@ -121,14 +151,20 @@ def forget_warning(model: nn.Module) -> None:
 
 
 class _Warning:
-    """A hook of all batch norms of a model, which the first one to be trained takes off again."""
+    """A hook of all batch norms of a model, which the first one to be trained takes off again.
+
+    Not in a compiled model, where it would break the graph.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.handles: list[RemovableHandle] = []
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        # Not where an adapter's own statistics stand in.
+        if module.training and torch.is_grad_enabled() and "running_mean" not in vars(module):
             self.remove()
             logger.warning(
                 f"{self.count} batch norms are in train mode: their running statistics change with training and are "

@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from florapeft.batch_norm import FloraBatchNorm, forget_warning, has_statistics, warn_when_trained
+from florapeft.batch_norm import (
+    FloraBatchNorm,
+    forget_warning,
+    has_statistics,
+    norms_with_statistics,
+    warn_when_trained,
+)
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
@@ -194,15 +200,14 @@ class FloraModel(BaseTuner):
 
     def _keep_statistics(self, model: nn.Module, adapter_name: str) -> None:
         """Give every batch norm a set of running statistics for this adapter."""
-        for name, module in list(model.named_modules()):
-            if isinstance(module, FloraBatchNorm):
-                module.update_layer(adapter_name)
-            elif has_statistics(module) and not name.endswith(".base_layer"):
+        for name, norm in norms_with_statistics(model):
+            layer = model.get_submodule(name.removesuffix(".base_layer"))
+            if not isinstance(layer, FloraBatchNorm):
                 parent_name, _, own_name = name.rpartition(".")
-                layer = FloraBatchNorm(module, adapter_name)
-                layer.update_layer(adapter_name)
+                layer = FloraBatchNorm(norm, adapter_name)
                 layer.set_adapter(self.active_adapters)
                 setattr(model.get_submodule(parent_name), own_name, layer)
+            layer.update_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, BaseTunerLayer):
@@ -229,7 +234,7 @@ class FloraModel(BaseTuner):
 
     def _check_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
-            if isinstance(module, FloraLayer):
+            if isinstance(module, FloraWrapper):
                 module.check_merge(adapter_names, finite=safe_merge)
 
     def add_weighted_adapter(
@@ -349,6 +354,11 @@ def _check_nesting(model: nn.Module, targets: list[Target], config: FloraConfig)
             raise ValueError(f"cannot adapt {target.name}: another adapter has {target.module} as a flora.{kind}")
         if inner and not isinstance(module, BaseTunerLayer):
             raise ValueError(f"cannot adapt {target.name}: another adapter is on {target.module}.{inner[0]}, inside it")
+    for name, module in model.named_modules():
+        if name.endswith(tuple(config.modules_to_save or ())) and not isinstance(module, AuxiliaryTrainingWrapper):
+            inner = [inside for inside, other in module.named_modules() if isinstance(other, FloraWrapper)]
+            if inner and inner != [""]:  # PEFT refuses those itself
+                raise ValueError(f"modules_to_save: another adapter is on {name}.{inner[-1]}, inside {name}")
     if config.save_batch_norm:
         wrapped = {target.module for target in targets if issubclass(target.layer, FloraParameters)}
         wrapped |= {name for name, module in model.named_modules() if isinstance(module, FloraParameters)}
