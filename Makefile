@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# hqq is built from source, and would build and install its CUDA kernels on the way
+export DISABLE_CUDA := 1
 # Two workers, each on one core; PYTEST_ARGS adds to them: make test PYTEST_ARGS="-k conv"
 PYTEST_ARGS ?=
 # Where the data sets of `make bench` lie

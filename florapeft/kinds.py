@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.tuners_utils import Conv1D
 from peft.utils import quantization_extra_repr
+from peft.utils.quantization_utils import TorchaoBackend
 from torch import Tensor, nn
 
 from florapeft import contract
@@ -275,10 +276,11 @@ def adapted_kind(module: nn.Module) -> tuple[type[nn.Module], type[WeightLayer]]
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the module's class computes something else than the supported class that it is a subclass of.
 
-    Not counted are transformers' scaled embeddings, whose scale is known, and quantised layers.
+    Not counted are transformers' scaled embeddings, whose scale is known, and the classes of quantisation backends;
+    torchao has none, it changes the weight alone.
     """
     found = adapted_kind(module)
-    if found is None or quantized_as(module) is not None:
+    if found is None or not isinstance(quantization_backend(module), (TorchaoBackend, type(None))):
         return False
     if found[1] is Embedding and hasattr(module, "embed_scale"):
         return False
@@ -287,13 +289,16 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def quantized_as(module: nn.Module) -> str | None:
-    """The kind of layer ("linear") that PEFT knows this quantised module to be, or None if it is not quantised."""
+    """How PEFT knows this module to be quantised: as a "linear" layer, as one of an "other" kind, or not (None)."""
     backend = quantization_backend(module)
-    return None if backend is None else backend.layer_type
+    if backend is None:
+        return None
+    # To PEFT, whatever has a weight of torchao's is linear.
+    return "linear" if backend.layer_type == "linear" and hasattr(module, "out_features") else "other"
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight, also where what is stored is packed or sharded."""
-    if quantized_as(module) is not None:
+    if quantized_as(module) == "linear":
         return module.out_features, module.in_features
     return tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import Bnb4bitBackend, QuantizationBackend
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from florapeft import contract
 from florapeft.config import FloraConfig
@@ -102,9 +103,11 @@ class FloraLayer(FloraWrapper):
         self.flora_factors = nn.ModuleDict()
         self.flora_dropout = nn.ModuleDict()
         self.quantization_backend = quantization_backend(self.get_base_layer(), model)
+        # Whether the base layer did, before it got adapters.
+        self._repacks = isinstance(self.quantization_backend, Bnb4bitBackend) and stop_repacking(self.get_base_layer())
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self._before_merge: tuple[nn.Module, ...] = ()  # a tuple, so that it is no submodule
+        self._before_merge: Kept | None = None
         self.cast_input_dtype_enabled = True
         self.route = "auto"
 
@@ -147,8 +150,15 @@ class FloraLayer(FloraWrapper):
         dropout = config.flora_dropout
         self.flora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = float(scale)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        # PEFT itself would not find the device of every base, such as HQQ's layers.
+        first = next(self.get_base_layer().parameters(), None)
+        self._move_adapter_to_device_of_base_layer(adapter_name, None if first is None else first.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def release(self) -> None:
+        """Let the base layer go back to what it did before it got adapters."""
+        if self._repacks:
+            self.get_base_layer().support_avx512bf16_for_cpu = True
 
     def delta_weights(self, adapter_name: str) -> dict[str, Tensor]:
         """`scale · dW` in the base weights' shapes, in at least float32, on the adapter's device."""
@@ -192,8 +202,8 @@ class FloraLayer(FloraWrapper):
             if name not in self.flora_core:
                 continue
             self.check_merge([name], finite=safe_merge)
-            if self.quantization_backend is not None and not self._before_merge:
-                self._before_merge = (_copy_of(self.get_base_layer()),)
+            if self.quantization_backend is not None and self._before_merge is None:
+                self._before_merge = Kept.of(self.get_base_layer())
             for weight_name, delta in self.delta_weights(name).items():
                 self._set_base(weight_name, add_update(self._get_base(weight_name), delta.detach()))
             self.merged_adapters.append(name)
@@ -201,19 +211,19 @@ class FloraLayer(FloraWrapper):
     def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool) -> None:
         """Raise what merging would raise, and change nothing."""
         backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in asked if name in self.flora_core and name not in self.merged_adapters]
+        if names and backend is not None and not backend.supports_merge:
             raise ValueError(
                 f"cannot merge into a layer quantised with {backend.backend_name}, whose weight cannot be read back: "
                 "keep the adapter beside it, or merge into the base model before it is quantised"
             )
-        if getattr(backend, "get_apply_tensor_subclass", None) is _unknown_torchao:
+        if names and getattr(backend, "get_apply_tensor_subclass", None) is _unknown_torchao:
             raise ValueError(
                 "cannot merge into a layer quantised with torchao without knowing how: only models that transformers "
                 "loaded with a TorchAoConfig say so"
             )
-        for name in (self.active_adapters if adapter_names is None else adapter_names) if finite else ():
-            if name not in self.flora_core or name in self.merged_adapters:
-                continue
+        for name in names if finite else ():
             for weight_name, delta in self.delta_weights(name).items():
                 if not torch.isfinite(add_update(self._get_base(weight_name), delta.detach())).all():
                     # PEFT's own message, which its users know.
@@ -229,8 +239,9 @@ class FloraLayer(FloraWrapper):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._before_merge:
-            self._innermost().base_layer, self._before_merge = self._before_merge[0], ()
+        if self._before_merge is not None:
+            self._before_merge.put_back()
+            self._before_merge = None
             self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
@@ -251,10 +262,15 @@ class FloraLayer(FloraWrapper):
         return weight_of(self.get_base_layer(), weight_name).data
 
     def _set_base(self, weight_name: str, value: Tensor) -> None:
-        if self.quantization_backend is not None:
-            self.quantization_backend.set_base_weight(self._innermost(), value)
-        else:
-            weight_of(self.get_base_layer(), weight_name).data.copy_(value)
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            weight_of(base, weight_name).data.copy_(value)
+            return
+        holder = self._innermost()
+        self.quantization_backend.set_base_weight(holder, value)
+        if holder.base_layer is not base:  # HQQ's new layer lacks the bias, the mode and the hooks of the old one
+            base.W_q, base.meta = holder.base_layer.W_q, holder.base_layer.meta
+            holder.base_layer = base
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's multiplier to `scale` times its configured one."""
@@ -287,6 +303,8 @@ def quantization_backend(module: nn.Module, model: nn.Module | None = None) -> Q
         module: a base layer.
         model: the model that it is a part of; without it, torchao's layers cannot be merged into.
     """
+    if is_parametrized(module):  # to look at the weight would compute it, which moves the vectors of spectral norm
+        return None
     how = {"get_apply_tensor_subclass": _unknown_torchao}
     return resolve_quantization_backend(module, **(how if model is None else how | get_quantization_kwargs(model)))
 
@@ -300,10 +318,42 @@ def add_update(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
-    """A module that keeps the tensors that this one has now, whatever this one is given instead."""
-    kept = copy.copy(module)
-    kept._parameters, kept._buffers = dict(module._parameters), dict(module._buffers)
-    if hasattr(module, "state"):  # bitsandbytes keeps the scales of 8-bit weights there
-        kept.state = copy.copy(module.state)
-    return kept
+def stop_repacking(linear: nn.Module) -> bool:
+    """Keep a 4-bit layer of bitsandbytes from repacking its weight for the CPU, undo it, and return whether it does it.
+
+    Called in eval mode on a CPU with AVX512-BF16, bitsandbytes (0.50) brings the weight into a layout that has no
+    gradients, also afterwards in training, and that PEFT reads as if it were the usual one.
+    """
+    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        linear.state_dict()  # undoes it in place
+    repacks = getattr(linear, "support_avx512bf16_for_cpu", False)
+    linear.support_avx512bf16_for_cpu = False
+    return repacks
+
+
+class Kept(NamedTuple):
+    """A quantised layer's weight as it is before an update is merged into it; the tensors are not copied.
+
+    Attributes:
+        module: the layer.
+        parameters: its parameters, each with its attributes: bitsandbytes resets some of those of the old weight.
+        attributes: what else of the layer belongs to the weight, of bitsandbytes and of HQQ.
+    """
+
+    module: nn.Module
+    parameters: dict[str, tuple[nn.Parameter, dict[str, Any]]]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Kept:
+        parameters = {name: (p, dict(vars(p))) for name, p in module._parameters.items() if p is not None}
+        attributes = {name: vars(module)[name] for name in ("quant_state", "meta") if name in vars(module)}
+        if "state" in vars(module):  # of 8-bit layers, which change it in place
+            attributes["state"] = copy.copy(module.state)
+        return cls(module, parameters, attributes)
+
+    def put_back(self) -> None:
+        for name, (parameter, attributes) in self.parameters.items():
+            vars(parameter).update(attributes)
+            self.module._parameters[name] = parameter
+        vars(self.module).update(self.attributes)

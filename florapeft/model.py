@@ -210,10 +210,11 @@ class FloraModel(BaseTuner):
             layer.update_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, BaseTunerLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:  # Unloading. PEFT would assign the weight to the layer that has it, also where that is a computed one.
-            setattr(parent, child_name, new_module)
+        # PEFT's would move 8-bit layers whole, with adapters that are still on the meta device; and, when unloading,
+        # assign the weight to the layer that has it, also where that is a computed one.
+        setattr(parent, child_name, new_module)
+        if isinstance(child, FloraLayer) and not isinstance(new_module, BaseTunerLayer):
+            child.release()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's; every layer is checked before the first one is merged."""

@@ -33,16 +33,18 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     if bypassed is not None:
         return bypassed
     if isinstance(module, nn.MultiheadAttention):
+        if quantized_as(module.out_proj) is not None:
+            return "the weight of its out_proj is quantised"
         computed = [w for w in attention_weights(module) if not _is_parameter(module, w)]
         return f"its {computed[0]} is computed from other parameters (a parametrization)" if computed else None
     quantized = quantized_as(module)
     if quantized is not None:
-        return None if quantized == "linear" else f"its weight is quantised, as a layer of the kind {quantized}"
+        return None if quantized == "linear" else "its weight is quantised, and it is no linear layer"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"
     if is_lazy(module.weight):
         return "its weight is not initialised yet: run the model once before"
-    if not module.weight.is_floating_point():
+    if not module.weight.is_floating_point() or module.weight.itemsize == 1:
         return f"its weight has dtype {module.weight.dtype}, of a quantisation that PEFT does not know"
     if adapted_kind(module)[1] is Embedding and module.max_norm is not None:
         return "max_norm rewrites the base weight in forward"

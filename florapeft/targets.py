@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
-from florapeft.kinds import SUPPORTED_KINDS, WeightLayer, adapted_kind, weight_shape
+from florapeft.kinds import SUPPORTED_KINDS, WeightLayer, adapted_kind, quantized_as, weight_shape
 from florapeft.layer import FloraLayer
 from florapeft.parameters import (
     FloraParameters,
@@ -250,7 +251,7 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def count_base_parameters(model: nn.Module) -> int:
-    """Parameters of the model without its adapters; tied ones count once."""
+    """Parameters of the model without its adapters; tied ones count once, and packed ones by their layer's shape."""
     adapters = {
         id(parameter)
         for module in model.modules()
@@ -258,7 +259,10 @@ def count_base_parameters(model: nn.Module) -> int:
         for attribute in module.adapter_layer_names
         for parameter in getattr(module, attribute).parameters()
     }
-    return sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+    quantized = [m for m in model.modules() if not isinstance(m, BaseTunerLayer) and quantized_as(m) == "linear"]
+    packed = {id(p) for m in quantized for name, p in m.named_parameters(recurse=False) if name != "bias"}
+    logical = sum(math.prod(weight_shape(module)) for module in quantized)
+    return logical + sum(p.numel() for p in model.parameters() if id(p) not in adapters | packed)
 
 
 def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
@@ -270,6 +274,9 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         chosen = {name for name, module in modules.items() if is_supported_kind(module) and not left_to_the_user(name)}
     elif is_shorthand(config.target_modules):
         chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
+        # PEFT passes over quantised layers that are no nn.Linear, such as HQQ's.
+        left_to_the_user = _is_head(model)
+        chosen = chosen | {n for n, m in modules.items() if quantized_as(m) == "linear" and not left_to_the_user(n)}
     else:
         chosen = None
     resolved = config if chosen is None else replace(config, target_modules=chosen)

@@ -40,10 +40,10 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 class TestImport:
     def test_is_silent_and_brings_no_extra(self):
         run = run_python(
-            "import torch, peft\nloaded()\nimport florapeft\nloaded()\n"
+            "import torch, peft\nloaded()\nprint('ours:', file=sys.stderr)\nimport florapeft\nloaded()\n"
             "import importlib\nimportlib.reload(florapeft)\n"  # registers a second time
         )
-        assert run.stderr == ""
+        assert run.stderr.endswith("ours:\n")  # PEFT imports torchao and bitsandbytes, which are not silent
         theirs, ours = run.stdout.splitlines()  # some releases of transformers import scikit-learn
         assert ours == theirs
 
