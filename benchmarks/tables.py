@@ -136,6 +136,30 @@ def architectures() -> str:
     return "\n".join([_table(header, lines), "", *verdict, "", *notes])
 
 
+def experts() -> str:
+    """One block of experts, adapted by FLoRA and by LoRA."""
+    record = _read("experts")
+    rows = [
+        (
+            f"`{implementation}`",
+            name,
+            f"{row['parameters']:,}",
+            f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
+            f"{row['saved'] / 1e6:.1f} MB",
+            f"{row['peak'] / 1e6:.1f} MB",
+        )
+        for implementation, methods in record["implementations"].items()
+        for name, row in methods.items()
+    ]
+    sizes = record["sizes"]
+    caption = (
+        f"{sizes['experts']} experts of {sizes['hidden']} x {sizes['intermediate']}, {sizes['chosen']} per token, "
+        f"{sizes['tokens']} tokens; medians, and quartiles in brackets."
+    )
+    header = ("computed by", "method", "parameters", "step, of frozen's", "saved for backward", "peak")
+    return f"{_table(header, rows)}\n\n{caption}"
+
+
 def _left_out(left: dict[str, Any]) -> str:
     example = ".".join(left["example"].split(".")[-2:])
     return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
@@ -145,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "starts": starts,
     "architectures": architectures,
+    "experts": experts,
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
     "peft-suite": peft_suite,

@@ -600,7 +600,8 @@ UNUSED: dict[str, tuple[str, str]] = {
     ),
     "RT-DETR": (r"model\.denoising_class_embed", "the embedding of noisy labels, called only in training with labels"),
     "SAM": (
-        r"mask_decoder\.output_hypernetworks_mlps\.0\.",
-        "the first of the four mask heads, which is for `multimask_output=False`",
+        r"mask_decoder\.output_hypernetworks_mlps\.0\.|prompt_encoder\.(no_mask_embed|point_embed\.[23])",
+        "the first of the four mask heads, which is for `multimask_output=False`, and what stands for prompts that are "
+        "not given (boxes, no mask)",
     ),
 }

@@ -62,6 +62,16 @@ class Linear(NamedTuple):
     def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
         return F.linear(x, factor)
 
+    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `apply` with regard to `x`, from that of its result."""
+        return gradient @ (weight if self.input_mode == 1 else weight.mT)
+
+    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+        """The gradients of `apply` with regard to `x` (None unless asked for) and `weight`."""
+        rows, columns = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        for_weight = rows.mT @ columns if self.input_mode == 1 else columns.mT @ rows
+        return (self.input_gradient(gradient, x, weight) if for_x else None), for_weight
+
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         """How many vectors of channels the input, the middle step and the output have."""
         count = x.numel() / weight_shape[self.input_mode]
@@ -105,6 +115,14 @@ class Conv(NamedTuple):
     def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
         return _pointwise(x, factor, len(self.stride))
 
+    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """As in `Linear`; for padding by zeros, given as numbers."""
+        return _convolution_gradients(self, gradient, x, weight, (True, False))[0]
+
+    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+        """As in `Linear`; for padding by zeros, given as numbers."""
+        return _convolution_gradients(self, gradient, x, weight, (for_x, True))
+
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         before = x.numel() / (weight_shape[1] * self.groups)
         after = before / prod(self.stride)
@@ -147,6 +165,14 @@ class ConvTranspose(NamedTuple):
     def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
         return _pointwise(x, factor, len(self.stride))
 
+    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """As in `Linear`."""
+        return _convolution_gradients(self, gradient, x, weight, (True, False))[0]
+
+    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
+        """As in `Linear`."""
+        return _convolution_gradients(self, gradient, x, weight, (for_x, True))
+
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         before = x.numel() / weight_shape[0]
         return before, before, before * prod(self.stride)
@@ -178,6 +204,20 @@ class Embedding(NamedTuple):
 Operation = Linear | Conv | ConvTranspose | Embedding
 
 
+class Parts(NamedTuple):
+    """An update as three operations, of which the outer two may be missing.
+
+    Attributes:
+        entering: `(d_in, r_in)`, or None.
+        kernel: the operation's weight in the middle.
+        leaving: `(d_out, r_out)`, or None.
+    """
+
+    entering: Tensor | None
+    kernel: Tensor
+    leaving: Tensor | None
+
+
 def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "dense", scale: float = 1.0) -> Tensor:
     """`operation(x, scale · dW)` for the update `dW` that `tucker` stands for.
 
@@ -194,24 +234,28 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
     Returns:
         The base layer's output shape, without bias.
     """
+    entering, kernel, leaving = split(operation, tucker, route, scale)
+    dtype = x.dtype if x.is_floating_point() else tucker.core.dtype
+    if entering is not None:
+        x = operation.project_in(x, entering.to(dtype))
+    x = operation.apply(x, kernel.to(dtype))
+    if leaving is not None:
+        x = operation.project_out(x, leaving.to(dtype))
+    return x
+
+
+def split(operation: Operation, tucker: Tucker, route: str, scale: float) -> Parts:
+    """The update as what a route computes: input factor, the operation's weight in the middle, output factor."""
     core, factors = tucker
     source, target = operation.input_mode, operation.output_mode
-    outside: list[Tensor | None] = [None, None]
+    entering = leaving = None
     folded = list(factors)
     if operation.groups == 1:
         if route in ("factored", "output_folded"):
-            outside[0], folded[source] = factors[source], None
+            entering, folded[source] = factors[source], None
         if route in ("factored", "input_folded"):
-            outside[1], folded[target] = factors[target], None
-    kernel = expand(Tucker(core, tuple(folded)), scale)
-    dtype = x.dtype if x.is_floating_point() else core.dtype
-
-    if outside[0] is not None:
-        x = operation.project_in(x, outside[0].to(dtype))
-    x = operation.apply(x, kernel.to(dtype))
-    if outside[1] is not None:
-        x = operation.project_out(x, outside[1].to(dtype))
-    return x
+            leaving, folded[target] = factors[target], None
+    return Parts(entering, expand(Tucker(core, tuple(folded)), scale), leaving)
 
 
 def expand(tucker: Tucker, scale: float) -> Tensor:
@@ -270,6 +314,20 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
 
 # What writing one activation costs, in multiply-adds: small channel counts are bound by memory, not by arithmetic.
 _TRAFFIC = 32.0
+
+
+def _convolution_gradients(
+    operation: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `x` and `weight`, by torch's own function for it."""
+    spatial = len(operation.stride)
+    transposed = isinstance(operation, ConvTranspose)
+    output_padding = operation.output_padding if transposed else (0,) * spatial
+    for_x, for_weight, _ = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, operation.stride, operation.padding, operation.dilation, transposed,
+        output_padding, operation.groups, (*wanted, False),
+    )  # fmt: skip
+    return for_x, for_weight
 
 
 def _pointwise(x: Tensor, matrix: Tensor, spatial: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from florapeft import contract
 from florapeft.config import FloraConfig
+from florapeft.contract import split
 from florapeft.init import initialize
+from florapeft.joined import can_join, joined
 from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker, quantization_backend
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
@@ -64,24 +68,43 @@ class WeightLayer(FloraLayer):
         """`scale · dW` in the base weight's shape, in at least float32, on the adapter's device."""
         return self.delta_weights(adapter_name)["weight"]
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; with the updates for a parent that reads it to compute with it."""
+        weight = super().weight
+        for name in self.acting() if self.is_read else ():
+            weight = add_update(weight, self.get_delta_weight(name))
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in every layer; the input may be given by its name in the base layer's own forward."""
+        if not args:
+            first = next(iter(inspect.signature(self.get_base_layer().forward).parameters))
+            args = (kwargs.pop(first),)
+        return super().forward(*args, **kwargs)
+
     def adapted_forward(self, active: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._own_forward:
-            return self._substituted_forward(active, x, *args, **kwargs)
+        if self._own_forward:  # whatever it does with its weight, it does with W + dW
+            with self.updated(active):
+                return self.base_layer(x, *args, **kwargs)
         operation = self.operation(x, *args, **kwargs)
         routes = {name: self._choose_route(name, operation, x) for name in active}
-        fused = [name for name, route in routes.items() if route == "dense" and self._can_fuse(name)]
-        if fused:
-            base = self.get_base_layer()
+        summed = [name for name, route in routes.items() if route == "dense" and self._can_sum(name)]
+        others = [name for name in active if name not in summed]
+        base = self.get_base_layer()
+        if summed:
             weight = base.weight
-            for name in fused:
+            for name in summed:
                 # The sum keeps the first operand's memory format: the base weight's.
                 weight = weight + self.get_delta_weight(name)
             result = operation.apply(x, weight, base.bias)
+        elif self._is_plain() and not any(map(self._drops, others)) and can_join(operation, x, base.weight, base.bias):
+            parts = [split(operation, self.tucker(name), routes[name], self.scaling[name]) for name in others]
+            return joined(operation, x, base.weight, base.bias, parts)
         else:
             result = self._base_result(x, *args, **kwargs)
-        for name, route in routes.items():
-            if name not in fused:
-                result = result + self._update(name, operation, x, route).to(result.dtype)
+        for name in others:
+            result = result + self._update(name, operation, x, routes[name]).to(result.dtype)
         return result
 
     def mixed_forward(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -98,7 +121,8 @@ class WeightLayer(FloraLayer):
                 continue
             index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             if self._own_forward:
-                own = _repeated(self._substituted_forward([name], x, *args, **kwargs), count)
+                with self.updated([name]):
+                    own = _repeated(self.base_layer(x, *args, **kwargs), count)
                 if len(own) != count:
                     raise NotImplementedError(
                         f"`adapter_names` and an adapted {type(self.get_base_layer()).__name__}, whose output of shape "
@@ -117,10 +141,8 @@ class WeightLayer(FloraLayer):
         backend = self.quantization_backend
         return result if backend is None else backend.maybe_clone_base_result(result)
 
-    def _substituted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """Run a forward of the layer's own, whatever it does with its weight, with `W + dW` in the weight's place."""
-        with standing_in([(self.get_base_layer(), "weight", self._updated_weight(active))]):
-            return self.base_layer(*args, **kwargs)
+    def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
+        return standing_in([(self.get_base_layer(), "weight", self._updated_weight(active))])
 
     def _updated_weight(self, active: Sequence[str]) -> UpdatedWeight | Tensor:
         updates = [Update.of(self.tucker(name), self.scaling[name], self.flora_dropout[name]) for name in active]
@@ -134,16 +156,23 @@ class WeightLayer(FloraLayer):
     def _choose_route(self, name: str, operation: contract.Operation, x: Tensor, *, mixed: bool = False) -> str:
         if self.route != "auto":
             return self.route if operation.groups == 1 else "dense"
-        rank, fused = self.flora_core[name].weight.shape, not mixed and self._can_fuse(name)
+        rank, fused = self.flora_core[name].weight.shape, not mixed and self._can_sum(name)
         return contract.choose_route(operation, self._shape, rank, x, fused=fused)
 
-    def _can_fuse(self, name: str) -> bool:
+    def _can_sum(self, name: str) -> bool:
         """Whether the base operation can run with W + dW in place of W.
 
-        Not with dropout on the adapter's input alone; not where the base layer is more than its weight (another tuner,
-        a hook, a forward of its own, a quantised weight); not in half precision, where the sum would swallow small
-        updates.
+        Not with dropout on the adapter's input alone; not in half precision, where the sum would swallow small updates.
         """
+        core = self.flora_core[name].weight
+        exact = torch.promote_types(core.dtype, torch.float32)
+        return self._is_plain() and not self._drops(name) and self.base_layer.weight.dtype == exact
+
+    def _drops(self, name: str) -> bool:
+        return self.training and isinstance(self.flora_dropout[name], nn.Dropout)
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer is its operation and nothing else: no other tuner, no hook, no quantised weight."""
         base = self.base_layer
         return (
             type(base).forward in self.plain_forwards
@@ -151,8 +180,6 @@ class WeightLayer(FloraLayer):
             and "forward" not in vars(base)
             and not base._forward_hooks
             and not base._forward_pre_hooks
-            and not (self.training and isinstance(self.flora_dropout[name], nn.Dropout))
-            and base.weight.dtype == torch.promote_types(self.flora_core[name].weight.dtype, torch.float32)
         )
 
     def extra_repr(self) -> str:

@@ -11,8 +11,11 @@ x ────────────┤                                       
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +77,11 @@ class FloraWrapper(nn.Module, BaseTunerLayer):
             # is not there yet while the layer is copied or unpickled.
             if name in ("base_layer", "_hf_hook", "_old_forward") or name.startswith("__"):
                 raise
-            return getattr(self.base_layer, name)
+            return self.of_base_layer(getattr(self.base_layer, name))
+
+    def of_base_layer(self, value: Any) -> Any:
+        """What is handed out for an attribute of the base layer."""
+        return value
 
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
@@ -92,6 +99,7 @@ class FloraLayer(FloraWrapper):
 
     Attributes:
         route: which route computes the update: "auto", or one of `florapeft.contract.ROUTES`.
+        is_read: whether the module around this one reads the weight, besides or instead of calling the layer.
     """
 
     adapter_layer_names = ("flora_core", "flora_factors")
@@ -107,9 +115,11 @@ class FloraLayer(FloraWrapper):
         self._repacks = isinstance(self.quantization_backend, Bnb4bitBackend) and stop_repacking(self.get_base_layer())
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
+        self._merged_scaling: dict[str, float] = {}
         self._before_merge: Kept | None = None
         self.cast_input_dtype_enabled = True
         self.route = "auto"
+        self.is_read = False
 
     def update_layer(
         self, adapter_name: str, weight_name: str, rank: Sequence[int], config: FloraConfig, scale: float
@@ -140,6 +150,28 @@ class FloraLayer(FloraWrapper):
     def adapted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with the updates of the adapters `active`, at least one, all of which are here."""
         raise NotImplementedError
+
+    def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
+        """While the context lasts, the base layer's weights are those with the updates of these adapters."""
+        raise NotImplementedError
+
+    def acting(self) -> list[str]:
+        """The adapters that act now: active, here, neither merged nor disabled."""
+        if self.merged or self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.flora_core]
+
+    def of_base_layer(self, value: Any) -> Any:
+        """A method of the base layer, which may be a second way to its output, runs with the updates."""
+        if not inspect.ismethod(value) or self.quantization_backend is not None or not self.acting():
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with self.updated(self.acting()):
+                return value(*args, **kwargs)
+
+        return method
 
     def mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """As `adapted_forward`, with the n-th adapter for the n-th sample; one that is not here changes nothing."""
@@ -182,10 +214,8 @@ class FloraLayer(FloraWrapper):
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
             return self.mixed_forward(adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.flora_core]
-        if self.merged or not active:
-            return self.base_layer(*args, **kwargs)
-        return self.adapted_forward(active, *args, **kwargs)
+        active = self.acting()
+        return self.adapted_forward(active, *args, **kwargs) if active else self.base_layer(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weights, in at least float32.
@@ -207,6 +237,7 @@ class FloraLayer(FloraWrapper):
             for weight_name, delta in self.delta_weights(name).items():
                 self._set_base(weight_name, add_update(self._get_base(weight_name), delta.detach()))
             self.merged_adapters.append(name)
+            self._merged_scaling[name] = self.scaling[name]
 
     def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool) -> None:
         """Raise what merging would raise, and change nothing."""
@@ -245,9 +276,13 @@ class FloraLayer(FloraWrapper):
             self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.flora_core:
-                for weight_name, delta in self.delta_weights(name).items():
-                    self._set_base(weight_name, add_update(self._get_base(weight_name), -delta.detach()))
+            if name not in self.flora_core:
+                continue
+            # What was merged is taken out, whatever the adapter's multiplier has become since.
+            scale, self.scaling[name] = self.scaling[name], self._merged_scaling[name]
+            for weight_name, delta in self.delta_weights(name).items():
+                self._set_base(weight_name, add_update(self._get_base(weight_name), -delta.detach()))
+            self.scaling[name] = scale
 
     def _innermost(self) -> BaseTunerLayer:
         """The tuner layer that holds the base layer itself: this one, or one that this one is around."""

@@ -79,6 +79,11 @@ def _check_axes(model: nn.Module, adapted: Sequence[str]) -> None:
     """Raise for layers that are known to have no samples on their first axis, where their number fits by chance."""
     for name in adapted:
         layer, (parent_name, _, own_name) = model.get_submodule(name), name.rpartition(".")
+        if isinstance(layer, WeightLayer) and layer.is_read:
+            raise NotImplementedError(
+                f"`adapter_names` and an adapted {name}, whose weight the module around it reads: one weight cannot "
+                "serve several adapters"
+            )
         if isinstance(layer.get_base_layer(), nn.Embedding) and _RELATIVE.search(own_name):
             raise NotImplementedError(
                 f"`adapter_names` and an adapted {name}: what it looks up is the same for all samples of a batch"

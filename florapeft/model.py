@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -23,6 +21,7 @@ from florapeft.batch_norm import (
     norms_with_statistics,
     warn_when_trained,
 )
+from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
@@ -31,7 +30,7 @@ from florapeft.layer import FloraLayer, FloraWrapper
 from florapeft.mixed import mixed_batch
 from florapeft.parameters import FloraParameters
 from florapeft.rank import cap_rank, resolve_rank
-from florapeft.support import why_not
+from florapeft.support import is_read, places, why_not
 from florapeft.targets import (
     Target,
     adapted_targets,
@@ -49,10 +48,6 @@ from florapeft.targets import (
 )
 
 logger = logging.getLogger("florapeft")
-
-_PREFIX = "base_model.model."  # of the keys of a PeftModel; a model with injected layers alone has none
-_CONTAINERS = ("flora_core", "flora_factors", "flora_statistics")
-_ADAPTER_KEY = re.compile(rf"\.({'|'.join(_CONTAINERS)})\.")
 
 
 class FloraModel(BaseTuner):
@@ -137,6 +132,7 @@ class FloraModel(BaseTuner):
             if unmatched := unmatched_patterns(getattr(peft_config, field), targets):
                 warnings.warn(f"{field} has keys that match no target: {unmatched}", RuntimeWarning, stacklevel=2)
         self._bare_targets = [target for target in targets if target.bare]
+        self._places = places(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: FloraConfig, key: str) -> Any:
@@ -193,7 +189,10 @@ class FloraModel(BaseTuner):
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # Its fused path for inference reads the weights and calls no layer, unless one has a hook.
                 layer.register_forward_pre_hook(_no_op)
-            self._replace_module(parent, own_name, layer, target)
+            if isinstance(layer, WeightLayer):
+                layer.is_read = is_read(described.module, self.model)
+            for place, name in self._places.get(id(target), [(parent, own_name)]):
+                self._replace_module(place, name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         return layer
@@ -212,9 +211,11 @@ class FloraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's would move 8-bit layers whole, with adapters that are still on the meta device; and, when unloading,
         # assign the weight to the layer that has it, also where that is a computed one.
-        setattr(parent, child_name, new_module)
-        if isinstance(child, FloraLayer) and not isinstance(new_module, BaseTunerLayer):
+        unloading = not isinstance(new_module, BaseTunerLayer)
+        if unloading and isinstance(child, FloraLayer):
             child.release()
+        for place, name in self._places.get(id(child), [(parent, child_name)]) if unloading else [(parent, child_name)]:
+            setattr(place, name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's; every layer is checked before the first one is merged."""
@@ -231,6 +232,7 @@ class FloraModel(BaseTuner):
         if merge:
             self._check_merges(safe_merge, adapter_names)
         forget_warning(self.model)
+        self._places = places(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -284,7 +286,7 @@ class FloraModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`….flora_factors.<adapter>.<mode>.weight` → `….flora_factors.<mode>.weight`, and so for all containers."""
-        for container in _CONTAINERS:
+        for container in CONTAINERS:
             start, marker, name = key.rpartition(f".{container}.{adapter_name}.")
             if marker:
                 return f"{start}.{container}.{name}"
@@ -308,13 +310,13 @@ class FloraModel(BaseTuner):
             for attribute in module.adapter_layer_names
         )
         expected = {key: value for key, value in state.items() if key.startswith(own)}
-        others = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        others = {key.removeprefix(PREFIX): value for key, value in state.items()}
         check_state_dict(remapped, expected, others, adapter_name)
-        return remapped
+        return remapped | under_other_names(remapped, model)
 
 
 def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    parts = {*_CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
+    parts = {*CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
     if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
         raise ValueError(
             f"adapter name {adapter_name!r} cannot be that of a module: choose one without dots that no attribute of "
@@ -324,7 +326,7 @@ def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         raise ValueError(
             f"adapter name {adapter_name!r} can be a part of the keys that other adapters are saved under, and PEFT "
             f"would drop those: choose a name that is neither a number, nor that of a parameter, nor one of "
-            f"{', '.join(_CONTAINERS)}"
+            f"{', '.join(CONTAINERS)}"
         )
 
 
@@ -385,42 +387,3 @@ def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:
 
 def _no_op(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """A hook that does nothing; not a lambda, so that models pickle."""
-
-
-def check_state_dict(
-    given: dict[str, Tensor], expected: dict[str, Tensor], others: dict[str, Tensor], adapter_name: str
-) -> None:
-    """Check a checkpoint's tensors against the ones they are to be loaded into.
-
-    Args:
-        given: tensors by key.
-        expected: the model's own tensors of this adapter, by key; only their shapes matter.
-        others: what else of the model a checkpoint may hold (a new head, biases, embeddings), by key without PEFT's
-            prefix. Their shapes are for PEFT to check, which can be told to pass over those that differ.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, of another shape, not floating point, or not finite.
-    """
-
-    def fail(problem: str, keys: list[str]) -> None:
-        first = keys[0] + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
-        raise ValueError(f"adapter {adapter_name!r} does not fit this model: {problem.format(key=first)}")
-
-    own = {key: value for key, value in given.items() if _ADAPTER_KEY.search(key)}
-    if missing := sorted(expected.keys() - own.keys()):
-        fail("the checkpoint lacks {key}; is it for another base model?", missing)
-    unknown = {key for key in given.keys() - own.keys() if key.removeprefix(_PREFIX) not in others}
-    if extra := sorted((own.keys() - expected.keys()) | unknown):
-        fail("the checkpoint has {key}, for which the model has no place; is it for another base model?", extra)
-    if wrong := [key for key in own if own[key].shape != expected[key].shape]:
-        # A factor's rows are the base weight's; everything else is rank.
-        other_base = [k for k in wrong if ".flora_factors." in k and own[k].shape[:1] != expected[k].shape[:1]]
-        first = sorted(other_base or wrong)[0]
-        shapes = f"{tuple(own[first].shape)} in the checkpoint and {tuple(expected[first].shape)} in the model"
-        hint = "is it for another base model?" if other_base else "was it saved with other ranks than its config says?"
-        fail(f"{{key}} has shape {shapes}; {hint}", [first, *(k for k in wrong if k != first)])
-    floating = [key for key in given if others[key.removeprefix(_PREFIX)].is_floating_point()]
-    if integer := [key for key in floating if not given[key].is_floating_point()]:
-        fail(f"{{key}} has dtype {given[integer[0]].dtype}, which is not floating point", integer)
-    if broken := [key for key, value in given.items() if not value.is_meta and not torch.isfinite(value).all()]:
-        fail("{key} has values that are not finite", broken)

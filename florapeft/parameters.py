@@ -78,10 +78,10 @@ class FloraParameters(FloraLayer):
         return deltas[weight_name]
 
     def adapted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        with self._updated(active):
+        with self.updated(active):
             return self.base_layer(*args, **kwargs)
 
-    def _updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
+    def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
         """While the context lasts, the adapters' updates are part of the base layer's weights."""
         base = self.get_base_layer()
         updates: dict[str, list[tuple[str, Tucker]]] = {}
@@ -107,7 +107,7 @@ class FloraParameters(FloraLayer):
 
     def _updated_weight(self, weight_name: str, tuckers: Sequence[tuple[str, Tucker]]) -> UpdatedWeight | Tensor:
         weight = weight_of(self.get_base_layer(), weight_name)
-        if self.route == "dense" or weight.ndim == 1:
+        if self.route == "dense" or weight.ndim == 1 or not tuckers:
             for name, tucker in tuckers:
                 weight = add_update(weight, self.expand(weight_name, tucker, self.scale_of(name, weight_name)))
             return weight
@@ -125,7 +125,7 @@ class FloraParameters(FloraLayer):
         for name in dict.fromkeys(adapter_names):
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             part_args, part_kwargs = take(rows)
-            with self._updated([name] if name in self.flora_core else []):
+            with self.updated([name] if name in self.flora_core else []):
                 parts.append(self.base_layer(*part_args, **part_kwargs))
             order += rows
         inverse = sorted(range(len(order)), key=order.__getitem__)
@@ -159,12 +159,19 @@ class FloraParameters(FloraLayer):
         weight = weight_of(self.get_base_layer(), next(iter(self.weight_names.values())))
         return weight.device, weight.dtype
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's; with its updates where it is one of the adapted ones."""
+        return self._asked_for("weight") if "weight" in self.weight_names.values() else super().weight
+
     def __getattr__(self, name: str) -> Any:
         """As in every layer; a weight comes with its updates."""
-        if name in vars(self).get("weight_names", {}).values() and not self.merged and not self.disable_adapters:
-            tuckers = [(active, self.tuckers(active)) for active in self.active_adapters if active in self.flora_core]
-            return self._updated_weight(name, [(active, own[name]) for active, own in tuckers if name in own])
-        return super().__getattr__(name)
+        own = name in vars(self).get("weight_names", {}).values()
+        return self._asked_for(name) if own else super().__getattr__(name)
+
+    def _asked_for(self, name: str) -> UpdatedWeight | Tensor:
+        tuckers = [(active, self.tuckers(active)) for active in self.acting()]
+        return self._updated_weight(name, [(active, own[name]) for active, own in tuckers if name in own])
 
 
 class MultiheadAttention(FloraParameters):

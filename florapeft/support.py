@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -29,9 +30,9 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     sharded = _why_not_sharded(module)
     if sharded is not None:
         return sharded
-    bypassed = _why_bypassed(name, model)
-    if bypassed is not None:
-        return bypassed
+    dead = _why_no_gradient(name, model)
+    if dead is not None:
+        return dead
     if isinstance(module, nn.MultiheadAttention):
         if quantized_as(module.out_proj) is not None:
             return "the weight of its out_proj is quantised"
@@ -64,11 +65,11 @@ def why_not_parameter(name: str, module: nn.Module, model: nn.Module) -> str | N
     sharded = _why_not_sharded(module)
     if sharded is not None:
         return sharded
-    return _why_bypassed(module_name, model)
+    return _why_no_gradient(module_name, model)
 
 
 def shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Those of the named weights that have other names too: tied, or one module in two places.
+    """Those of the named weights that are tied: another module has them, too.
 
     An adapter acts where its target is called; merged, it acts wherever the weight is used.
 
@@ -80,8 +81,10 @@ def shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
         `{name: the other names}`.
     """
     owners: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key.removesuffix(".weight").replace(".base_layer", ""))
+    for module_name, module in model.named_modules():  # one module in two places is one module
+        for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
+            name = parameter_name.removesuffix(".weight").replace(".base_layer", "")
+            owners.setdefault(id(parameter), []).append(name)
     others = {
         name: [other for other in owners.get(id(weight), ()) if other != name.removesuffix(".weight")]
         for name, weight in weights.items()
@@ -100,19 +103,38 @@ def _why_not_sharded(module: nn.Module) -> str | None:
     return None
 
 
-def _why_bypassed(name: str, model: nn.Module) -> str | None:
-    """Why an adapter around the module of this name would not act, or None."""
+def is_read(name: str, model: nn.Module) -> bool:
+    """Whether the module around the one of this name computes with its weight, besides or instead of calling it.
+
+    Fused kernels do (Mamba's and its successors', peft#2556), torch's attention, lookups in codebooks, and queries that
+    are kept in an embedding. Not counted is torch's encoder layer, whose way of doing so `FloraModel` turns off.
+    """
     parent_name, _, own_name = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     while isinstance(parent, (nn.ModuleList, nn.ModuleDict)) and parent_name:
         parent_name, _, own_name = parent_name.rpartition(".")
         parent = model.get_submodule(parent_name)
-    read, called = _weights_read(type(parent))
-    if own_name in read and own_name not in called:
-        return f"{type(parent).__name__} reads its weight and never calls it"
-    if own_name in read and any(isinstance(getattr(parent, other, None), nn.Conv1d) for other in read):
-        return f"{type(parent).__name__} has a fast path that reads its weight and does not call it"
-    return None
+    return own_name in _weights_read(type(parent)) and not isinstance(parent, nn.TransformerEncoderLayer)
+
+
+def _why_no_gradient(name: str, model: nn.Module) -> str | None:
+    """Nothing learns in a module whose forward, or that of one around it, is decorated so that it has no gradient."""
+    while True:
+        module = type(model.get_submodule(name))
+        if _runs_without_gradient(module):
+            return f"{module.__name__}.forward runs without gradients"
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where modules that stand in several places do: `{id(module): [(parent, its name there), …]}`."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return {module: where for module, where in found.items() if len(where) > 1}
 
 
 def _is_parameter(module: nn.Module, name: str) -> bool:
@@ -121,11 +143,10 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 
 
 @cache
-def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the submodules (or lists of them) whose weight such a module's methods read, and of those they call.
+def _weights_read(parent: type[nn.Module]) -> frozenset[str]:
+    """Names of the submodules (or lists of them) whose weight the methods of such a module compute with.
 
-    From the source of the class: fused kernels (Mamba's and its successors', peft#2556), torch's attention, queries
-    kept in an embedding. A class without source counts as reading none.
+    From the source of the class; one without source counts as reading none.
     """
     methods = [
         method
@@ -134,12 +155,23 @@ def _weights_read(parent: type[nn.Module]) -> tuple[frozenset[str], frozenset[st
         for name, method in vars(cls).items()
         if inspect.isfunction(method) and not name.startswith(_SETUP_METHODS)
     ]
-    try:
-        source = "\n".join(inspect.getsource(method) for method in methods)
-    except (OSError, TypeError):
-        return frozenset(), frozenset()
-    used = (
-        r"(?<!isinstance\()self\.(\w+)(?:\[[^\]]+\])?\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)"
+    source = "\n".join(map(_source, methods))
+    module = r"self\.(\w+)(?:\[[^\]]+\])?"
+    return frozenset(
+        re.findall(
+            rf"(?<!isinstance\(){module}\.weight\b(?!\.(?:dtype|device|shape|size|data|requires_grad)\b)", source
+        )
     )
-    called = r"self\.(\w+)(?:\[[^\]]+\])?\("
-    return frozenset(re.findall(used, source)), frozenset(re.findall(called, source))
+
+
+@cache
+def _runs_without_gradient(module: type[nn.Module]) -> bool:
+    return re.match(r"(\s*@.*\n)*?\s*@torch\.(no_grad|inference_mode)\b", _source(module.forward)) is not None
+
+
+def _source(function: Any) -> str:
+    """With its decorators; empty where there is none, as for what is built in."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

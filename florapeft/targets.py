@@ -83,6 +83,10 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     names = _select(model, config, modules)
     parameters = _select_parameters(model, config, modules)
     refused = {name: reason for name in names if (reason := why_not(name, modules[name], model))}
+    for name in names:
+        parent = name.rpartition(".")[0]
+        if parent in names and _in_attention(name, modules):
+            refused[name] = f"it is a part of {parent}, which is adapted as a whole"
     targets = [target for name in names if name not in refused for target in describe(name, modules[name])]
     for name in parameters:
         module_name, _, weight = name.rpartition(".")
@@ -271,7 +275,11 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         return []
     if is_shorthand(config.target_modules, ALL_WEIGHTS):
         left_to_the_user = _is_head(model)
-        chosen = {name for name, module in modules.items() if is_supported_kind(module) and not left_to_the_user(name)}
+        chosen = {
+            name
+            for name, module in modules.items()
+            if is_supported_kind(module) and not left_to_the_user(name) and not _in_attention(name, modules)
+        }
     elif is_shorthand(config.target_modules):
         chosen = _maybe_include_all_linear_layers(replace(config), model).target_modules
         # PEFT passes over quantised layers that are no nn.Linear, such as HQQ's.
@@ -287,6 +295,11 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         if not any(check_target_module_exists(unrestricted, name) for name in modules):
             raise ValueError(_nothing_matches(model, config, modules))
     return selected
+
+
+def _in_attention(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module is a part of an `nn.MultiheadAttention`, whose weights are adapted together."""
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _select_parameters(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:

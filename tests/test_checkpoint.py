@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from florapeft import FloraConfig
-from florapeft.model import check_state_dict
+from florapeft.checkpoint import check_state_dict
 
 # Published: a change here makes every saved adapter unreadable.
 SHAPES = {

@@ -22,8 +22,20 @@ PUBLIC_NOW = {"FloraConfig", "FloraModel", "FloraLayer", "Tucker", "hosvd", "hoo
 PUBLIC_LATER = {"plan", "allocate", "initialize_from_gradients", "extract", "export", "load_official"}
 
 # The modules in dependency order: each imports only from those before it.
-HOUSE = ["_peft_type", "tucker", "contract", "updated", "rank", "config", "init", "layer", "kinds", "parameters"]
-HOUSE += ["batch_norm", "mixed", "combine", "support", "targets", "model"]
+HOUSE = [
+    "_peft_type",
+    "tucker",
+    "contract",
+    "joined",
+    "updated",
+    "rank",
+    "config",
+    "init",
+    "layer",
+    "kinds",
+    "parameters",
+]
+HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "model"]
 HOUSE += ["_register", "planning", "gradients", "extraction", "structure", "convert", "report", "train", "cli"]
 
 # Brought by the extras; the core must not import them.

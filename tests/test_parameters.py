@@ -274,9 +274,7 @@ class TestRefused:
     def test_names_that_peft_would_confuse(self):
         base = net()
         base.tack = nn.Linear(2, 2)
-        self.refused(
-            "'tack' is also the end of what the adapter of 'stack' is called", base, modules_to_save=["tack"]
-        )
+        self.refused("'tack' is also the end of what the adapter of 'stack' is called", base, modules_to_save=["tack"])
         with pytest.raises(ValueError, match="adapter name 'stack' can be a part of the keys"):
             get_peft_model(net(), config(), adapter_name="stack")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -164,12 +164,30 @@ class TestSelection:
 
         assert adapted(nn.Sequential(Named(3, 3)), target_modules="all-weights") == {"0"}
 
-    @pytest.mark.parametrize("how", ["one module twice", "one weight twice"])
-    def test_shared_weights_are_left_out_by_shorthands_and_warned_of_by_name(self, how):
+    def test_one_module_in_two_places_is_one_target(self, tmp_path):
+        def build():
+            torch.manual_seed(0)
+            twice, block = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))
+            return nn.Sequential(twice, block, nn.ReLU(), twice, block).eval()
+
+        x = torch.randn(2, 3)
+        model = get_peft_model(build(), FloraConfig(r=2, target_modules="all-weights", init_weights=False))
+        base = model.base_model.model
+        assert base[0] is base[3]
+        assert {name for name, module in base.named_modules() if isinstance(module, FloraLayer)} == {"0", "1.0"}
+        expected = model(x)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(build(), tmp_path)(x), expected)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(x), expected)
+        assert merged[0] is merged[3]
+        assert type(merged[3]) is nn.Linear
+
+    def test_shared_weights_are_left_out_by_shorthands_and_warned_of_by_name(self):
         def build():
             first, second = nn.Linear(3, 3), nn.Linear(3, 3)
             second.weight = first.weight
-            return nn.Sequential(first, nn.ReLU(), first if how == "one module twice" else second, nn.Linear(3, 3))
+            return nn.Sequential(first, nn.ReLU(), second, nn.Linear(3, 3))
 
         assert adapted(build(), target_modules="all-weights") == {"3"}
         with pytest.warns(RuntimeWarning, match="a weight that another module has too, as 0 and 2"):
@@ -370,10 +388,10 @@ class TestRefused:
 
     def test_multihead_attention(self):
         """Its projection is read, never called; here its name also ends like that of a layer that is adapted."""
-        assert adapted(Attention(), target_modules="all-linear") == {"out_proj", "lin"}
+        assert adapted(Attention(), target_modules="all-linear") == {"out_proj", "lin", "attn.out_proj"}
         assert adapted(Attention(), target_modules="all-weights") == {"out_proj", "lin", "attn"}
-        message = r"matches 1 target that FLoRA cannot adapt: attn.out_proj \(MultiheadAttention reads its weight and"
-        assert_refused(Attention(), message, ["lin"], target_modules=["attn.out_proj"])
+        message = r"1 target that FLoRA cannot adapt: attn.out_proj \(it is a part of attn, which is adapted as a whole"
+        assert_refused(Attention(), message, ["lin"], target_modules=["attn", "attn.out_proj"])
 
     def test_several(self):
         message = r"matches 3 targets that FLoRA cannot adapt: .*norm \(a LayerNorm is not a supported kind\)"
@@ -382,7 +400,7 @@ class TestRefused:
     def test_another_adapter_for_a_refused_layer(self):
         model = get_peft_model(Attention(), FloraConfig(r=2, target_modules=["lin"]))
         with pytest.raises(ValueError, match=r"matches 1 target that FLoRA cannot adapt: attn.out_proj"):
-            model.add_adapter("other", FloraConfig(r=2, target_modules=["attn.out_proj"]))
+            model.add_adapter("other", FloraConfig(r=2, target_modules=["attn.out_proj", "attn"]))
         assert list(model.peft_config) == ["default"]
         model.add_adapter("other", FloraConfig(r=2, target_modules=["lin"]))
 

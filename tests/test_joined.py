@@ -1,0 +1,183 @@
+"""The joined step of autograd equals the separate operations, is really taken, and keeps what it says it keeps."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from florapeft import FloraConfig, joined, kinds
+from florapeft.contract import ROUTES, Conv, ConvTranspose, Linear, contract, split
+from florapeft.tucker import Tucker
+
+# name: module, input shape
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 10), (3, 5, 12)),
+    "linear of one vector": (lambda: nn.Linear(12, 10, bias=False), (12,)),
+    "conv1d": (lambda: nn.Conv1d(12, 10, 3, padding=1), (2, 12, 7)),
+    "conv2d": (lambda: nn.Conv2d(12, 10, 3, stride=2, padding=1), (2, 12, 7, 6)),
+    "conv2d dilated": (lambda: nn.Conv2d(12, 10, (3, 2), dilation=(2, 1), bias=False), (2, 12, 7, 6)),
+    "conv2d 1x1": (lambda: nn.Conv2d(12, 10, 1), (2, 12, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(12, 10, (1, 2, 3), padding=1), (2, 12, 3, 4, 4)),
+    "conv transposed": (lambda: nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 3, 4)),
+}
+RANKS = [(3, 4), (10, 4), (3, 12), (10, 12)]  # output, input; whole modes have no factor
+
+
+def operation_of(module, x):
+    if isinstance(module, nn.Linear):
+        return Linear()
+    return ConvTranspose.of(module, x, None) if isinstance(module, nn.ConvTranspose2d) else Conv.of(module)
+
+
+def build(name, rank, dtype=torch.float64, channels_last=False):
+    make, shape = LAYERS[name]
+    module, x = make().to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype)
+    if channels_last:
+        form = {4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim]
+        module, x = module.to(memory_format=form), x.to(memory_format=form)
+    operation = operation_of(module, x)
+    r = [0] * module.weight.ndim
+    r[operation.output_mode], r[operation.input_mode] = rank
+    r = [n or min(2, d) for n, d in zip(r, module.weight.shape, strict=True)]
+    factors = [
+        torch.randn(d, n, dtype=dtype).requires_grad_() if n < d else None
+        for d, n in zip(module.weight.shape, r, strict=True)
+    ]
+    return module, operation, x.requires_grad_(), Tucker(torch.randn(r, dtype=dtype).requires_grad_(), tuple(factors))
+
+
+def both(module, operation, x, tuckers, route, **given):
+    """Output and gradients of the joined step, and of the separate operations."""
+    inputs = [x, *(t for tucker in tuckers for t in (tucker.core, *tucker.factors) if t is not None)]
+    parts = [split(operation, tucker, route, 0.5) for tucker in tuckers]
+    results = []
+    for y in (
+        joined.joined(operation, x, module.weight, module.bias, parts, **given),
+        sum((contract(operation, t, x, route=route, scale=0.5) for t in tuckers), module(x)),
+    ):
+        weights = torch.arange(y.numel(), dtype=torch.float64).sin().view(y.shape).to(y.dtype)
+        results.append((y, torch.autograd.grad((y * weights).sum(), inputs)))
+    return results
+
+
+@pytest.mark.parametrize("name", LAYERS)
+class TestEqualsTheSeparateOperations:
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("rank", RANKS)
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_value_and_gradients(self, name, route, rank, recompute):
+        module, operation, x, tucker = build(name, rank)
+        mine, reference = both(module, operation, x, [tucker], route, recompute=recompute)
+        assert_close(mine, reference)
+
+    def test_two_updates(self, name):
+        module, operation, x, tucker = build(name, (3, 4))
+        mine, reference = both(module, operation, x, [tucker, build(name, (2, 12))[3]], "factored")
+        assert_close(mine, reference)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_channels_last_and_dtypes(self, name, dtype):
+        module, operation, x, tucker = build(name, (3, 4), dtype, channels_last=LAYERS[name][1].__len__() > 3)
+        mine, reference = both(module, operation, x, [tucker], "factored")
+        for a, b in zip((mine[0], *mine[1]), (reference[0], *reference[1]), strict=True):
+            assert (a - b).abs().max() <= b.abs().max() * (0.05 if dtype == torch.bfloat16 else 1e-5)
+        assert mine[0].dtype == dtype
+        assert mine[0].stride() == module(x).stride()
+
+    def test_double_backward(self, name):
+        module, operation, x, tucker = build(name, (3, 4))
+        results = []
+        for y in (
+            joined.joined(operation, x, module.weight, module.bias, [split(operation, tucker, "factored", 1.0)]),
+            module(x) + contract(operation, tucker, x, route="factored"),
+        ):
+            (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(gradient.square().sum(), [x, tucker.core]))
+        assert_close(results[0], results[1])
+
+    def test_without_a_gradient_of_the_input(self, name):
+        module, operation, x, tucker = build(name, (3, 4))
+        parts = [split(operation, tucker, "factored", 1.0)]
+        joined.joined(operation, x.detach(), module.weight, module.bias, parts).sin().sum().backward()
+        mine, tucker.core.grad = tucker.core.grad, None
+        (module(x) + contract(operation, tucker, x, route="factored")).sin().sum().backward()
+        assert_close(mine, tucker.core.grad)
+
+    def test_what_is_kept(self, name):
+        module, operation, x, tucker = build(name, (3, 4))
+        parts = [split(operation, tucker, "factored", 1.0)]
+        for recompute in (False, True):
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+                joined.joined(operation, x, module.weight, module.bias, parts, recompute=recompute)
+            given = {t.data_ptr() for t in (x, module.weight, *(p for p in parts[0] if p is not None))}
+            others = [t for t in kept if t.data_ptr() not in given]
+            assert len(others) == (0 if recompute else 2)
+            assert all(t.numel() < x.numel() or t.shape[1] in (3, 4) or t.shape[-1] in (3, 4) for t in others)
+
+    def test_the_output_can_be_written_to(self, name):
+        module, operation, x, tucker = build(name, (3, 4))
+        y = joined.joined(operation, x, module.weight, module.bias, [split(operation, tucker, "factored", 1.0)])
+        y.relu_().sum().backward()
+        assert x.grad is not None
+
+
+def attach(layer, **given):
+    model = get_peft_model(nn.ModuleDict({"layer": layer}), FloraConfig(r=3, target_modules=["layer"], **given))
+    model.base_model.set_route("factored")
+    return model, model.base_model.model["layer"]
+
+
+class TestIsTaken:
+    @pytest.fixture(autouse=True)
+    def count(self, monkeypatch):
+        self.calls = []
+        real = kinds.joined
+        monkeypatch.setattr(kinds, "joined", lambda *args, **given: self.calls.append(1) or real(*args, **given))
+
+    @pytest.mark.parametrize(
+        ("layer", "shape", "taken"),
+        [
+            (lambda: nn.Linear(6, 5), (2, 6), True),
+            (lambda: nn.Conv2d(6, 5, 3), (2, 6, 4, 4), True),
+            (lambda: nn.ConvTranspose1d(6, 5, 3), (2, 6, 4), True),
+            (lambda: nn.Conv2d(6, 5, 3), (6, 4, 4), False),  # without a batch
+            (lambda: nn.Conv2d(6, 5, 3, padding="same"), (2, 6, 4, 4), False),
+            (lambda: nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), (2, 6, 4, 4), False),
+            (lambda: nn.Conv2d(6, 6, 3, groups=2), (2, 6, 4, 4), False),
+        ],
+    )
+    def test_by_kind(self, layer, shape, taken):
+        _, adapted = attach(layer())
+        adapted(torch.randn(shape))
+        assert bool(self.calls) == taken
+
+    def test_not_with_dropout_hooks_or_a_trained_base(self):
+        for change in ("dropout", "hook", "bias", "weight"):
+            model, layer = attach(nn.Linear(6, 5), flora_dropout=0.1 if change == "dropout" else 0.0)
+            base = layer.get_base_layer()
+            if change == "hook":
+                base.register_forward_hook(lambda *args: None)
+            if change in ("bias", "weight"):
+                getattr(base, change).requires_grad_(True)
+            model.train()
+            layer(torch.randn(2, 6)).sum().backward()
+            assert not self.calls, change
+            assert (base.weight.grad is not None) == (change == "weight")
+            model.eval()
+        attach(nn.Linear(6, 5), flora_dropout=0.1)[0].eval().base_model.model["layer"](torch.randn(2, 6))
+        assert self.calls
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_under_autocast(self, dtype):
+        _, layer = attach(nn.Conv2d(6, 5, 3), init_weights=False)
+        x = torch.randn(2, 6, 4, 4, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            expected = layer.base_layer(x) + layer._update("default", layer.operation(x), x, "factored")
+        assert self.calls
+        assert y.dtype == expected.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert x.grad.dtype == dtype
+        assert_close(y, expected, rtol=0.05, atol=0.1)
