@@ -6,6 +6,7 @@ import gc
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -88,22 +89,28 @@ def saved_bytes(
         inputs_of: modules whose inputs count as kept, too.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, lest an address is used again
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # weak: what is computed and let go within the forward is not kept
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Kept:
+        kept.add(holder := _Kept(tensor))
+        return holder
 
-    handles = [m.register_forward_pre_hook(lambda _, inputs: [*map(pack, inputs)] and None) for m in inputs_of]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    inputs: list[_Kept] = []
+    handles = [m.register_forward_pre_hook(lambda _, given: inputs.extend(map(pack, given))) for m in inputs_of]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         value = loss(model)
     for handle in handles:
         handle.remove()
-    total = sum(storage.nbytes() for storage in kept.values())
+    storages = {s.data_ptr(): s.nbytes() for s in (holder.tensor.untyped_storage() for holder in kept)}
     del value
-    return total
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+class _Kept:
+    """A tensor that a graph holds, which lives as long as its place in the graph."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()  # lest it holds the graph that holds this
 
 
 def peak_bytes(step: Step) -> int:

@@ -106,6 +106,15 @@ def test_methods_share_the_frozen_weights():
     assert found["full"].model.linear.weight is not lora.weight
 
 
+def test_what_the_forward_lets_go_is_not_saved():
+    def loss(model):
+        (model.weight * 2).exp().sum().detach()
+        return model(x).sum()
+
+    x, model = torch.randn(3, 4, requires_grad=True), nn.Linear(4, 8)
+    assert memory.measure.saved_bytes(model, loss) == 4 * x.numel()
+
+
 def test_the_bound_counts_the_inputs_that_a_frozen_network_does_not_keep():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).requires_grad_(False)
     x = torch.randn(3, 4, requires_grad=True)
