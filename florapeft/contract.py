@@ -271,8 +271,9 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     """The route with the least estimated cost for this input.
 
     Cost is counted in multiply-adds of one training step (forward, gradient of the input, gradient of the weight) plus
-    `_TRAFFIC` for every activation written. `dense` is considered only where the weight has fewer entries than the
-    input, so that building and keeping dW stays small against the data.
+    `_TRAFFIC` for every activation written; in convolutions those with few channels count `_NARROW` times. `dense` is
+    considered only where the weight has fewer entries than the input, so that building and keeping dW stays small
+    against the data. The two constants are fitted to the layers of `benchmarks/networks.py` on a CPU.
 
     Args:
         operation: the base layer's linear map.
@@ -290,8 +291,9 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     before, middle, after = operation.positions(x, shape)
 
     def step(count: float, fan_in: int, fan_out: int, written: float) -> float:
-        return 3 * count * fan_in * fan_out + _TRAFFIC * written * fan_out
+        return narrow * (3 * count * fan_in * fan_out + _TRAFFIC * written * fan_out)
 
+    narrow = 1.0 if isinstance(operation, (Linear, Embedding)) else _NARROW
     entering = 0.0 if r_in == d_in else step(before, d_in, r_in, before)
     leaving = 0.0 if r_out == d_out else step(after, r_out, d_out, after)
     fold_in = 0.0 if r_in == d_in else 3.0 * kernel * d_in * r_in * r_out
@@ -304,7 +306,7 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     if prod(shape) <= x.numel():
         build = fold_in + (0.0 if r_out == d_out else 3.0 * kernel * d_in * r_out * d_out)
         operate = middle * kernel * d_in * d_out
-        costs["dense"] = build + (operate if fused else step(middle * kernel, d_in, d_out, middle / kernel))
+        costs["dense"] = build + (operate if fused else 3 * operate + _TRAFFIC * middle * d_out)
     best = "factored"
     for route in costs:  # not `min` with a key, at which torch.compile breaks the graph when sizes are symbolic
         if costs[route] < costs[best]:
@@ -314,6 +316,8 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
 
 # What writing one activation costs, in multiply-adds: small channel counts are bound by memory, not by arithmetic.
 _TRAFFIC = 32.0
+# How much longer a multiply-add takes in a convolution of few channels than in one of many.
+_NARROW = 2.0
 
 
 def _convolution_gradients(

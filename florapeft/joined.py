@@ -3,7 +3,7 @@
 Written as separate operations, an update costs more than its arithmetic: a full-size tensor for what it adds to the
 output and one for what it adds to the gradient of the input, each written and read once more, and intermediates that
 are kept until the backward pass. Here both are added in place, into the output and the gradient that the base operation
-has just made, and only the layer's input is kept; the intermediates, `r` channels wide, are computed again.
+has just made; kept are the layer's input and, unless it is to be computed again, one intermediate, `r` channels wide.
 
     forward     y = W ∗ x + b        h = x A        y += (K ∗ h) Bᵀ
     backward    gx = W ∗ᵀ g          gk = g B       gh, gK = …(gk, h)       gx += gh Aᵀ,  gA = xᵀ gh,  gB = gᵀ (K ∗ h)
@@ -41,15 +41,36 @@ def joined(
         weight: the frozen weight.
         bias: the frozen bias, or None.
         updates: at least one.
-        recompute: keep nothing but `x` for the backward pass, and compute the intermediates again.
+        recompute: keep nothing but `x` for the backward pass.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    tensors = [part if part is None else part.to(weight.dtype) for update in updates for part in update]
+    linear = isinstance(operation, Linear)
+    if linear:
+        tensors: list[Tensor | None] = [matrix for update in updates for matrix in _two_matrices(operation, update)]
+    else:
+        tensors = [part for update in updates for part in update]
+    tensors = [tensor if tensor is None else tensor.to(weight.dtype) for tensor in tensors]
     with torch.autocast(device, enabled=False):
-        return _Joined.apply(operation, recompute, x, weight, bias, *tensors)
+        function = _JoinedLinear if linear else _JoinedConvolution
+        return function.apply(operation, recompute, x, weight, bias, *tensors)
+
+
+def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor]:
+    """A linear update as `(d_in, r)` and `(d_out, r)`, the core in the smaller of them."""
+    entering, kernel, leaving = update
+    kernel = kernel if operation.input_mode == 1 else kernel.mT  # (output, input)
+    if entering is None:
+        return kernel.mT, torch.eye(
+            len(kernel), dtype=kernel.dtype, device=kernel.device
+        ) if leaving is None else leaving
+    if leaving is None:
+        return entering, kernel
+    if len(entering) < len(leaving):
+        return entering @ kernel.mT, leaving
+    return entering, leaving @ kernel
 
 
 def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -82,25 +103,23 @@ def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | Non
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class _Joined(torch.autograd.Function):
+class _JoinedLinear(torch.autograd.Function):
+    """With narrow matrices it matters to a CPU which operand is transposed: the narrow one comes first throughout."""
+
     @staticmethod
     def forward(
-        ctx: Any, operation: Operation, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Any
+        ctx: Any, operation: Linear, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         given = x.to(weight.dtype)
         y = operation.apply(given, weight, bias)
-        kept: list[Tensor | None] = []
-        for entering, kernel, leaving in _triples(tensors):
-            h = given if entering is None else _enter(operation, given, entering)
-            k = operation.apply(h, kernel)
-            if leaving is None:
-                y += k
-            else:
-                _add_product(operation, y, k, leaving)
-            if not recompute:
-                kept += [None if entering is None else h, None if leaving is None else k]
+        rows = given.reshape(-1, given.shape[-1])
+        kept = []
+        for first, second in _groups(tensors, 2):
+            h = first.mT @ rows.mT  # (r, positions)
+            y.view(-1, y.shape[-1]).addmm_(h.mT, second.mT)
+            kept.append(h)
         ctx.operation, ctx.recompute = operation, recompute
-        ctx.save_for_backward(x, weight, *tensors, *kept)
+        ctx.save_for_backward(x, weight, *tensors, *(() if recompute else kept))
         # What a linear layer returns can be a view of a temporary, in which nobody could then write.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -108,54 +127,98 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         # Every step of it is an operation that autograd records, so that it can be differentiated again.
         operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
+        tensors, kept = _and_kept(tensors, ctx.recompute, 2)
         needs_x = ctx.needs_input_grad[2]
-        # Differentiating again needs to know how the intermediates were made.
-        recompute = ctx.recompute or torch.is_grad_enabled()
-        count = len(tensors) if ctx.recompute else 3 * len(tensors) // 5
-        tensors, kept = tensors[:count], tensors[count:]
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
+            gradient = gradient.reshape(-1, gradient.shape[-1])
+            for_x = operation.input_gradient(gradient, rows, weight) if needs_x else None
+            results = []
+            for (first, second), h in zip(_groups(tensors, 2), kept, strict=True):
+                h = first.mT @ rows.mT if h is None else h
+                for_h = second.mT @ gradient.mT
+                results += [(for_h @ rows).mT, (h @ gradient).mT]
+                if needs_x:
+                    for_x.addmm_(for_h.mT, first.mT)
+        return (None, None, for_x.view(x.shape).to(x.dtype) if needs_x else None, None, None, *results)
+
+
+class _JoinedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Conv, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Any
+    ) -> Tensor:
+        given = x.to(weight.dtype)
+        y = operation.apply(given, weight, bias)
+        kept = []
+        for entering, kernel, leaving in _groups(tensors, 3):
+            h = given if entering is None else _enter(given, entering)
+            k = operation.apply(h, kernel)
+            if leaving is None:
+                y += k
+            else:
+                _add_product(y, k, leaving)
+            # Of the two small intermediates one is kept, from which the other is soon made.
+            kept.append(k if entering is None else h)
+        ctx.operation, ctx.recompute = operation, recompute
+        ctx.save_for_backward(x, weight, *tensors, *(() if recompute else kept))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
+        tensors, kept = _and_kept(tensors, ctx.recompute, 3)
+        needs_x = ctx.needs_input_grad[2]
         with torch.autocast(x.device.type, enabled=False):
             given = x.to(weight.dtype)
             for_x = operation.input_gradient(gradient, given, weight) if needs_x else None
             results: list[Tensor | None] = []
-            for i, (entering, kernel, leaving) in enumerate(_triples(tensors)):
-                h, k = (None, None) if recompute else kept[2 * i : 2 * i + 2]
-                if h is None:
-                    h = given if entering is None else _enter(operation, given, entering)
+            for (entering, kernel, leaving), intermediate in zip(_groups(tensors, 3), kept, strict=True):
+                if entering is None:
+                    h, k = given, intermediate
+                else:
+                    h, k = _enter(given, entering) if intermediate is None else intermediate, None
                 for_leaving, for_k = None, gradient
                 if leaving is not None:
-                    for_leaving = _cross(operation, gradient, operation.apply(h, kernel) if k is None else k)
-                    for_k = _enter(operation, gradient, leaving)
+                    for_leaving = _cross(gradient, operation.apply(h, kernel) if k is None else k)
+                    for_k = _enter(gradient, leaving)
                 for_h, for_kernel = operation.gradients(for_k, h, kernel, needs_x or entering is not None)
                 for_entering = None
                 if entering is not None:
-                    for_entering = _cross(operation, given, for_h)
+                    for_entering = _cross(given, for_h)
                     if needs_x:
-                        _add_product(operation, for_x, for_h, entering)
+                        _add_product(for_x, for_h, entering)
                 elif needs_x:
                     for_x += for_h
                 results += [for_entering, for_kernel, for_leaving]
-        return (None, None, None if for_x is None else for_x.to(x.dtype), None, None, *results)
+        return (None, None, for_x.to(x.dtype) if needs_x else None, None, None, *results)
 
 
-def _triples(tensors: Sequence[Any]) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
-    return [tuple(tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+def _groups(tensors: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
+    return [tuple(tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
-def _enter(operation: Operation, x: Tensor, matrix: Tensor) -> Tensor:
-    """`x` with its channels multiplied by `matrix` `(d, r)`. Images come out channels-last, as small kernels need."""
-    if isinstance(operation, Linear):
-        return x @ matrix
+def _and_kept(tensors: Sequence[Any], recompute: bool, size: int) -> tuple[Sequence[Any], Sequence[Tensor | None]]:
+    """The updates' own tensors, `size` of each, and for each the intermediate that was kept, or None.
+
+    Differentiating again needs to know how the intermediates were made.
+    """
+    count = len(tensors) // (size if recompute else size + 1)
+    own, kept = tensors[: size * count], tensors[size * count :]
+    return own, [None] * count if recompute or torch.is_grad_enabled() else kept
+
+
+def _enter(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x` with its channels multiplied by `matrix` `(d, r)`; channels-last, which small kernels need."""
     if _channels_last(x):
         return _pointwise(x, matrix.mT)
     h = torch.bmm(matrix.mT.expand(len(x), *matrix.mT.shape), x.flatten(2))
     return h.mT.contiguous().unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
-def _add_product(operation: Operation, y: Tensor, h: Tensor, matrix: Tensor) -> None:
+def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
     """`y += h · matrixᵀ` over the channels, in place, for `matrix` of shape `(d, r)`."""
-    if isinstance(operation, Linear):
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), matrix.mT)
-    elif y.is_contiguous():
+    if y.is_contiguous():
         y.flatten(2).baddbmm_(matrix.expand(len(y), *matrix.shape), h.flatten(2))
     elif _channels_last(y):
         y.movedim(1, -1).view(-1, y.shape[1]).addmm_(h.movedim(1, -1).reshape(-1, h.shape[1]), matrix.mT)
@@ -163,11 +226,8 @@ def _add_product(operation: Operation, y: Tensor, h: Tensor, matrix: Tensor) -> 
         y += _pointwise(h, matrix)
 
 
-def _cross(operation: Operation, wide: Tensor, narrow: Tensor) -> Tensor:
-    """`Σ wide ⊗ narrow` over all positions: `(d, r)`."""
-    if isinstance(operation, Linear):
-        return wide.reshape(-1, wide.shape[-1]).mT @ narrow.reshape(-1, narrow.shape[-1])
-    # That is the gradient of a pointwise convolution's weight, for which there is a faster function than a product.
+def _cross(wide: Tensor, narrow: Tensor) -> Tensor:
+    """`Σ wide ⊗ narrow` over all positions: `(d, r)`; computed as a pointwise convolution's gradient, which is fast."""
     ones = (1,) * (wide.ndim - 2)
     kernel = wide.new_empty(narrow.shape[1], wide.shape[1], *ones)
     _, gradient = Conv(ones, (0,) * len(ones), ones, 1, "zeros", ()).gradients(narrow, wide, kernel, False)

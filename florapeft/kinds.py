@@ -100,7 +100,7 @@ class WeightLayer(FloraLayer):
             result = operation.apply(x, weight, base.bias)
         elif self._is_plain() and not any(map(self._drops, others)) and can_join(operation, x, base.weight, base.bias):
             parts = [split(operation, self.tucker(name), routes[name], self.scaling[name]) for name in others]
-            return joined(operation, x, base.weight, base.bias, parts)
+            return joined(operation, x, base.weight, base.bias, parts, recompute=self.recompute)
         else:
             result = self._base_result(x, *args, **kwargs)
         for name in others:

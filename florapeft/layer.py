@@ -99,6 +99,7 @@ class FloraLayer(FloraWrapper):
 
     Attributes:
         route: which route computes the update: "auto", or one of `florapeft.contract.ROUTES`.
+        recompute: whether the backward pass makes the update's small intermediates again, instead of keeping one.
         is_read: whether the module around this one reads the weight, besides or instead of calling the layer.
     """
 
@@ -119,6 +120,7 @@ class FloraLayer(FloraWrapper):
         self._before_merge: Kept | None = None
         self.cast_input_dtype_enabled = True
         self.route = "auto"
+        self.recompute = False
         self.is_read = False
 
     def update_layer(

@@ -76,6 +76,12 @@ class FloraModel(BaseTuner):
             if isinstance(module, FloraLayer):
                 module.route = route
 
+    def set_recompute(self, recompute: bool) -> None:
+        """Trade time for memory: with True, a layer keeps nothing of its update for the backward pass but its input."""
+        for module in self.model.modules():
+            if isinstance(module, FloraLayer):
+                module.recompute = recompute
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, without its shortening of long `target_modules` to suffixes.
 

@@ -113,7 +113,9 @@ class TestEqualsTheSeparateOperations:
                 joined.joined(operation, x, module.weight, module.bias, parts, recompute=recompute)
             given = {t.data_ptr() for t in (x, module.weight, *(p for p in parts[0] if p is not None))}
             others = [t for t in kept if t.data_ptr() not in given]
-            assert len(others) == (0 if recompute else 2)
+            if isinstance(operation, Linear):  # the core is folded into a factor, which is kept in its place
+                others = [t for t in others if t.shape != (10, 4)]
+            assert len(others) == (0 if recompute else 1)
             assert all(t.numel() < x.numel() or t.shape[1] in (3, 4) or t.shape[-1] in (3, 4) for t in others)
 
     def test_the_output_can_be_written_to(self, name):
