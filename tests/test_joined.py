@@ -183,3 +183,18 @@ class TestIsTaken:
         y.float().square().sum().backward()
         assert x.grad.dtype == dtype
         assert_close(y, expected, rtol=0.05, atol=0.1)
+
+
+def test_set_recompute_reaches_every_layer():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), FloraConfig(r=3, target_modules="all-weights")
+    )
+    model.base_model.set_route("factored")
+    x, kept = torch.randn(7, 6), []
+    for recompute in (False, True):
+        model.base_model.set_recompute(recompute)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):  # noqa: B023
+            model(x)
+        kept.append(shapes.count((3, 7)))
+    assert kept == [2, 0]
