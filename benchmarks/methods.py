@@ -84,8 +84,6 @@ def prepare(network: Network, names: list[str], attaches: int = 3) -> dict[str, 
             model, began = shared(base), time.perf_counter()
             model = fit[0](model, layers, *fit[1:])
             seconds.append(time.perf_counter() - began)
-        if network.channels_last:
-            model.to(memory_format=torch.channels_last)
         loss(model).backward()
         model.zero_grad(set_to_none=True)
         facts = {"parameters": trainable(model), "rank": fit[1], "one_more_in": len(fit[2]), "layers": len(layers)}

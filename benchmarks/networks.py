@@ -29,7 +29,7 @@ class Network:
         targets: regular expression of the full names of the adapted modules, among convolutions and linear layers.
         arguments: makes further keyword arguments of the forward.
         keyword: the name under which the forward takes the input; None passes it first.
-        channels_last: whether weights and input are stored with the channels last.
+        channels_last: whether weights (before an adapter is attached) and input are stored with the channels last.
     """
 
     build: Callable[[], nn.Module]
