@@ -185,10 +185,11 @@ def peft(config: type, **settings: Any) -> Attach:
     return attach
 
 
-def flora(route: str) -> Method:
+def flora(route: str = "auto", *, lean: bool = False) -> Method:
     def attach(*given: Any) -> nn.Module:
         model = peft(FloraConfig)(*given)
         model.base_model.set_route(route)
+        model.base_model.set_recompute(lean)
         return model
 
     return Method((attach,), fitted=False)
@@ -302,7 +303,8 @@ _BY_HAND = {"merge": _nothing, "unmerge": _nothing, "save": _save}
 METHODS: dict[str, Method] = {
     "frozen": Method((frozen,), fitted=False, **_BY_HAND),
     "full": Method((full,), fitted=False, **_BY_HAND),
-    "FLoRA": flora("auto"),
+    "FLoRA": flora(),
+    "FLoRA:lean": flora(lean=True),
     **{f"FLoRA:{route}": flora(route) for route in ROUTES},
     "FLoRA:merged": Method((merged_flora,), fitted=False, **_BY_HAND),
     "released": Method((released,), _merge_released(1), _merge_released(-1), _save),

@@ -55,9 +55,9 @@ def run(
     logging.getLogger("florapeft").setLevel(logging.ERROR)  # about running statistics, which we do not save
     names = list(dict.fromkeys(["frozen", "LoRA", *arguments.methods]))
     path = record.RESULTS / (f"{name}_gpu.json" if ON_GPU else f"{name}.json")
-    results = _read(path)
+    done = _read(path)["networks"]
     for network in arguments.network:
-        if network in results["networks"] and not (arguments.again or arguments.quick):
+        if network in done and not (arguments.again or arguments.quick):
             continue
         if network == "diffusion" and importlib.util.find_spec("diffusers") is None:
             print("diffusion: not without diffusers")
@@ -72,6 +72,7 @@ def run(
             print(f"{network:26} {key:20} {row.get('error') or show(key, row)}", flush=True)
         if not arguments.quick:
             environment = record.environment(*_present("diffusers", "lycoris-lora"))
+            results = _read(path)  # anew: another process may measure other networks on another core
             results["networks"][network] = {
                 "environment": environment,
                 "repetitions": repetitions,
