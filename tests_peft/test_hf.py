@@ -41,8 +41,10 @@ def rows(task, **settings):
 # pytest holds these very lists.
 decoders.ALL_CONFIGS[:] = rows("CAUSAL_LM")
 encoder_decoders.ALL_CONFIGS[:] = rows("SEQ_2_SEQ_LM")
-# The pooler, after the output that these tests look at, would get no gradient.
-features.ALL_CONFIGS[:] = rows("FEATURE_EXTRACTION", exclude_modules=r".*\bpooler\b.*")
+# The pooler, after the output that these tests look at, would get no gradient. And DeBERTa's distances are handed to
+# every layer: reentrant checkpointing cannot differentiate what was computed for that, such as W + dW (or their norm in
+# DeBERTa-v3, where training in full fails, too).
+features.ALL_CONFIGS[:] = rows("FEATURE_EXTRACTION", exclude_modules=r".*\b(pooler|rel_embeddings)\b.*")
 sequences.ALL_CONFIGS[:] = rows("SEQ_CLS")
 # For these two tasks PEFT's "all-linear" takes the new head too, which PEFT already trains in full.
 tokens.TOKEN_CLS_CONFIGS[:] = rows("TOKEN_CLS", exclude_modules=["classifier"])
