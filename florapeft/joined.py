@@ -47,13 +47,10 @@ def joined(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    linear = isinstance(operation, Linear)
-    if linear:
-        tensors: list[Tensor | None] = [matrix for update in updates for matrix in _two_matrices(operation, update)]
-    else:
-        tensors = [part for update in updates for part in update]
-    tensors = [tensor if tensor is None else tensor.to(weight.dtype) for tensor in tensors]
     with torch.autocast(device, enabled=False):
+        linear = isinstance(operation, Linear)
+        groups = [_two_matrices(operation, update) if linear else update for update in updates]
+        tensors = [None if tensor is None else tensor.to(weight.dtype) for group in groups for tensor in group]
         function = _JoinedLinear if linear else _JoinedConvolution
         return function.apply(operation, recompute, x, weight, bias, *tensors)
 
@@ -62,10 +59,10 @@ def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor]:
     """A linear update as `(d_in, r)` and `(d_out, r)`, the core in the smaller of them."""
     entering, kernel, leaving = update
     kernel = kernel if operation.input_mode == 1 else kernel.mT  # (output, input)
+    if leaving is None and entering is None:
+        leaving = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     if entering is None:
-        return kernel.mT, torch.eye(
-            len(kernel), dtype=kernel.dtype, device=kernel.device
-        ) if leaving is None else leaving
+        return kernel.mT, leaving
     if leaving is None:
         return entering, kernel
     if len(entering) < len(leaving):

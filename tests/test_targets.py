@@ -1,5 +1,7 @@
 """What is adapted, what is left out and why; after an error the model is as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -403,6 +405,27 @@ class TestRefused:
             model.add_adapter("other", FloraConfig(r=2, target_modules=["attn.out_proj", "attn"]))
         assert list(model.peft_config) == ["default"]
         model.add_adapter("other", FloraConfig(r=2, target_modules=["lin"]))
+
+
+class TestTensorParallel:
+    @pytest.mark.parametrize("how", ["transformers", "megatron", "mesh"])
+    def test_is_refused(self, how):
+        model = Net()
+        if how == "transformers":
+            model.head._hf_tp_plan = "colwise"
+        elif how == "megatron":
+            model.head.weight.tensor_model_parallel = True
+        else:
+            model.head.weight.device_mesh = SimpleNamespace(mesh_dim_names=("dp", "tp"))
+        message = (
+            r"head \(its weight is cut over several processes \(tensor parallelism\), which FLoRA does not support\)"
+        )
+        assert_refused(model, message, target_modules=["head"])
+
+    def test_fsdp_alone_is_none(self):
+        model = Net()
+        model.head.weight.device_mesh = SimpleNamespace(mesh_dim_names=("dp",))
+        assert adapted(model, target_modules=["head"]) == {"head"}
 
 
 class TestNothingMatches:
