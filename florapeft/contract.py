@@ -271,9 +271,9 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     """The route with the least estimated cost for this input.
 
     Cost is counted in multiply-adds of one training step (forward, gradient of the input, gradient of the weight) plus
-    `_TRAFFIC` for every activation written; in convolutions those with few channels count `_NARROW` times. `dense` is
-    considered only where the weight has fewer entries than the input, so that building and keeping dW stays small
-    against the data. The two constants are fitted to the layers of `benchmarks/networks.py` on a CPU.
+    `_TRAFFIC` for every activation written; in a convolution those with few channels count once per spatial axis, so much
+    slower they run. `dense` is considered only where the weight has fewer entries than the input, so that building and
+    keeping dW stays small against the data. Fitted to the layers of `benchmarks/networks.py` on a CPU.
 
     Args:
         operation: the base layer's linear map.
@@ -293,7 +293,7 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     def step(count: float, fan_in: int, fan_out: int, written: float) -> float:
         return narrow * (3 * count * fan_in * fan_out + _TRAFFIC * written * fan_out)
 
-    narrow = 1.0 if isinstance(operation, (Linear, Embedding)) else _NARROW
+    narrow = 1.0 if isinstance(operation, (Linear, Embedding)) else float(len(operation.stride))
     entering = 0.0 if r_in == d_in else step(before, d_in, r_in, before)
     leaving = 0.0 if r_out == d_out else step(after, r_out, d_out, after)
     fold_in = 0.0 if r_in == d_in else 3.0 * kernel * d_in * r_in * r_out
@@ -316,8 +316,6 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
 
 # What writing one activation costs, in multiply-adds: small channel counts are bound by memory, not by arithmetic.
 _TRAFFIC = 32.0
-# How much longer a multiply-add takes in a convolution of few channels than in one of many.
-_NARROW = 2.0
 
 
 def _convolution_gradients(
