@@ -271,9 +271,9 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     """The route with the least estimated cost for this input.
 
     Cost is counted in multiply-adds of one training step (forward, gradient of the input, gradient of the weight) plus
-    `_TRAFFIC` for every activation written; in a convolution those with few channels count once per spatial axis, so much
-    slower they run. `dense` is considered only where the weight has fewer entries than the input, so that building and
-    keeping dW stays small against the data. Fitted to the layers of `benchmarks/networks.py` on a CPU.
+    `_TRAFFIC` for every activation written; in a convolution those with few channels count once per spatial axis, so
+    much slower they run. `dense` is considered only where the weight has fewer entries than the input, so that building
+    and keeping dW stays small against the data. Fitted to the layers of `benchmarks/networks.py` on a CPU.
 
     Args:
         operation: the base layer's linear map.
