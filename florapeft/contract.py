@@ -78,6 +78,25 @@ class Linear(NamedTuple):
         return count, count, count
 
 
+# What convolutions and transposed convolutions have in common; the gradients are for padding by zeros, given as numbers.
+def _project_in(self: Conv | ConvTranspose, x: Tensor, factor: Tensor) -> Tensor:
+    return _pointwise(x, factor.mT, len(self.stride))
+
+
+def _project_out(self: Conv | ConvTranspose, x: Tensor, factor: Tensor) -> Tensor:
+    return _pointwise(x, factor, len(self.stride))
+
+
+def _input_gradient(self: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return _convolution_gradients(self, gradient, x, weight, (True, False))[0]
+
+
+def _gradients(
+    self: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    return _convolution_gradients(self, gradient, x, weight, (for_x, True))
+
+
 class Conv(NamedTuple):
     """`nn.Conv1d/2d/3d` over its whole option space; weight `(out, in / groups, *kernel)`."""
 
@@ -109,19 +128,8 @@ class Conv(NamedTuple):
             x, padding = F.pad(x, self.explicit_padding, mode=self.padding_mode), 0
         return _CONV[len(self.stride)](x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
-        return _pointwise(x, factor.mT, len(self.stride))
-
-    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
-        return _pointwise(x, factor, len(self.stride))
-
-    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """As in `Linear`; for padding by zeros, given as numbers."""
-        return _convolution_gradients(self, gradient, x, weight, (True, False))[0]
-
-    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """As in `Linear`; for padding by zeros, given as numbers."""
-        return _convolution_gradients(self, gradient, x, weight, (for_x, True))
+    project_in, project_out = _project_in, _project_out
+    input_gradient, gradients = _input_gradient, _gradients
 
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         before = x.numel() / (weight_shape[1] * self.groups)
@@ -159,19 +167,8 @@ class ConvTranspose(NamedTuple):
         operation = _CONV_TRANSPOSE[len(self.stride)]
         return operation(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
 
-    def project_in(self, x: Tensor, factor: Tensor) -> Tensor:
-        return _pointwise(x, factor.mT, len(self.stride))
-
-    def project_out(self, x: Tensor, factor: Tensor) -> Tensor:
-        return _pointwise(x, factor, len(self.stride))
-
-    def input_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """As in `Linear`."""
-        return _convolution_gradients(self, gradient, x, weight, (True, False))[0]
-
-    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """As in `Linear`."""
-        return _convolution_gradients(self, gradient, x, weight, (for_x, True))
+    project_in, project_out = _project_in, _project_out
+    input_gradient, gradients = _input_gradient, _gradients
 
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         before = x.numel() / weight_shape[0]
