@@ -49,6 +49,8 @@ class FloraConfig(PeftConfig):
         layers_pattern: name of the module list that `layers_to_transform` counts in.
         modules_to_save: modules that are trained and saved in full, such as a new head.
         trainable_token_indices: rows of the input embedding to train in full, as in PEFT's LoraConfig.
+        ensure_weight_tying: keep input and output embedding tied where `modules_to_save` has one of them, as PEFT does
+            for LoRA. Adapters of tied embeddings cannot be tied; "all-weights" leaves them out.
         save_batch_norm: keep a set of running statistics per adapter for every batch norm, and save it with the
             adapter. Without it, what training changes in them is lost, as in every adapter of PEFT's.
         format_version: of the saved adapter; a newer one than this release knows is refused.
@@ -101,6 +103,9 @@ class FloraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the input embedding to train in full."}
     )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep tied embeddings tied that are in modules_to_save."}
+    )
     save_batch_norm: bool = field(
         default=False, metadata={"help": "Keep the batch norms' running statistics with the adapter."}
     )
@@ -116,8 +121,9 @@ class FloraConfig(PeftConfig):
                 setattr(self, name, set(value))
         if self.target_parameters is not None:
             self.target_parameters = sorted(self.target_parameters)
-        if not isinstance(self.save_batch_norm, bool):
-            raise TypeError(f"save_batch_norm must be True or False, got {self.save_batch_norm!r}")
+        for name in ("save_batch_norm", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._validate_ranks()
         self._validate_budget()
         self._validate_numbers()

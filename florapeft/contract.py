@@ -78,7 +78,7 @@ class Linear(NamedTuple):
         return count, count, count
 
 
-# What convolutions and transposed convolutions have in common; the gradients are for padding by zeros, given as numbers.
+# What convolutions and transposed ones have in common. The gradients are for padding by zeros, given as numbers.
 def _project_in(self: Conv | ConvTranspose, x: Tensor, factor: Tensor) -> Tensor:
     return _pointwise(x, factor.mT, len(self.stride))
 

@@ -108,7 +108,7 @@ class _JoinedLinear(torch.autograd.Function):
         ctx: Any, operation: Linear, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         given = x.to(weight.dtype)
-        y = operation.apply(given, weight, bias)
+        y = operation.apply(given, weight, bias).contiguous()
         rows = given.reshape(-1, given.shape[-1])
         kept = []
         for first, second in _groups(tensors, 2):

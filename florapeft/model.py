@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -120,6 +121,16 @@ class FloraModel(BaseTuner):
                 f"{model_config['model_type']!r}. target_modules='all-weights' adapts every supported layer"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _add_modules_to_save_to_tie(self, peft_config: FloraConfig, tied_weight_keys: list[str]) -> None:
+        # There is nothing of LoRA in it.
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: FloraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"ensure_weight_tying: adapters of tied weights ({', '.join(sorted(tied_weight_keys))}) cannot be tied; "
+            "leave the embedding out of target_modules, or train it in full by modules_to_save"
+        )
 
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""

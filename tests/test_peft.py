@@ -516,6 +516,36 @@ class TestNotSupported:
             model.add_adapter("other", config(bias="all"))
 
 
+class TestTiedEmbeddings:
+    def build(self):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, vocab_size=20, tie_word_embeddings=True)
+        ).eval()
+
+    def test_stay_tied_when_saved_in_full(self, tmp_path):
+        given = config(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        model, ids = get_peft_model(self.build(), given), torch.arange(6)[None]
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data -= 0.5 * parameter.grad
+        inner = model.base_model.model
+        assert inner.lm_head.weight is inner.model.embed_tokens.weight
+        assert not torch.equal(inner.lm_head.weight, self.build().lm_head.weight)
+        expected = model.eval()(ids).logits
+        model.save_pretrained(tmp_path)
+        assert_close(PeftModel.from_pretrained(self.build(), tmp_path)(ids).logits, expected)
+        assert_close(model.merge_and_unload()(ids).logits, expected)
+
+    def test_adapters_cannot_be_tied(self):
+        with pytest.raises(
+            ValueError, match=r"adapters of tied weights \(lm_head\) cannot be tied; leave the embedding out"
+        ):
+            get_peft_model(self.build(), config(target_modules=["embed_tokens"], ensure_weight_tying=True))
+
+
 class TestTransformers:
     """transformers' own methods for adapters."""
 
