@@ -134,7 +134,7 @@ class Conv(NamedTuple):
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         before = x.numel() / (weight_shape[1] * self.groups)
         after = before / prod(self.stride)
-        return before, after, after
+        return (after if prod(weight_shape[2:]) == 1 else before), after, after
 
 
 class ConvTranspose(NamedTuple):
@@ -231,6 +231,7 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
     Returns:
         The base layer's output shape, without bias.
     """
+    operation, x = seen(operation, x, tucker.shape)
     entering, kernel, leaving = split(operation, tucker, route, scale)
     dtype = x.dtype if x.is_floating_point() else tucker.core.dtype
     if entering is not None:
@@ -239,6 +240,20 @@ def contract(operation: Operation, tucker: Tucker, x: Tensor, *, route: str = "d
     if leaving is not None:
         x = operation.project_out(x, leaving.to(dtype))
     return x
+
+
+def seen(operation: Operation, x: Tensor, weight_shape: Sequence[int]) -> tuple[Operation, Tensor]:
+    """The part of `x` that a strided pointwise convolution sees, and the operation without its stride; others as given.
+
+    It saves work. And torch 2.13's gradient of such a convolution's weight, with few channels and channels-last, writes
+    past the end of its memory on a CPU.
+    """
+    pointwise = isinstance(operation, Conv) and prod(weight_shape[2:]) == 1
+    if not pointwise or prod(operation.stride) == 1 or set(operation.padding) not in ({0}, set("valid")):
+        return operation, x
+    return operation._replace(stride=(1,) * len(operation.stride)), x[
+        (..., *(slice(None, None, s) for s in operation.stride))
+    ]
 
 
 def split(operation: Operation, tucker: Tucker, route: str, scale: float) -> Parts:

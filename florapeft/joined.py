@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts
+from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, seen
 
 
 def joined(
@@ -147,6 +147,8 @@ class _JoinedConvolution(torch.autograd.Function):
     ) -> Tensor:
         given = x.to(weight.dtype)
         y = operation.apply(given, weight, bias)
+        ctx.operation, ctx.recompute = operation, recompute
+        operation, given = _seen(operation, given, weight)
         kept = []
         for entering, kernel, leaving in _groups(tensors, 3):
             h = given if entering is None else _enter(given, entering)
@@ -157,7 +159,6 @@ class _JoinedConvolution(torch.autograd.Function):
                 _add_product(y, k, leaving)
             # Of the two small intermediates one is kept, from which the other is soon made.
             kept.append(k if entering is None else h)
-        ctx.operation, ctx.recompute = operation, recompute
         ctx.save_for_backward(x, weight, *tensors, *(() if recompute else kept))
         return y
 
@@ -169,6 +170,8 @@ class _JoinedConvolution(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             given = x.to(weight.dtype)
             for_x = operation.input_gradient(gradient, given, weight) if needs_x else None
+            target = seen(operation, for_x, weight.shape)[1] if needs_x else None
+            operation, given = _seen(operation, given, weight)
             results: list[Tensor | None] = []
             for (entering, kernel, leaving), intermediate in zip(_groups(tensors, 3), kept, strict=True):
                 if entering is None:
@@ -184,11 +187,16 @@ class _JoinedConvolution(torch.autograd.Function):
                 if entering is not None:
                     for_entering = _cross(given, for_h)
                     if needs_x:
-                        _add_product(for_x, for_h, entering)
+                        _add_product(target, for_h, entering)
                 elif needs_x:
-                    for_x += for_h
+                    target += for_h
                 results += [for_entering, for_kernel, for_leaving]
         return (None, None, for_x.to(x.dtype) if needs_x else None, None, None, *results)
+
+
+def _seen(operation: Conv, x: Tensor, weight: Tensor) -> tuple[Conv, Tensor]:
+    inner, part = seen(operation, x, weight.shape)
+    return inner, part if part is x else part.clone()  # dense again, in the same memory format
 
 
 def _groups(tensors: Sequence[Any], size: int) -> list[tuple[Any, ...]]:

@@ -17,6 +17,7 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(12, 10, 3, padding=1), (2, 12, 7)),
     "conv2d": (lambda: nn.Conv2d(12, 10, 3, stride=2, padding=1), (2, 12, 7, 6)),
     "conv2d dilated": (lambda: nn.Conv2d(12, 10, (3, 2), dilation=(2, 1), bias=False), (2, 12, 7, 6)),
+    "conv2d 1x1 strided": (lambda: nn.Conv2d(12, 10, 1, stride=(2, 3), bias=False), (2, 12, 5, 6)),
     "conv2d 1x1": (lambda: nn.Conv2d(12, 10, 1), (2, 12, 4, 4)),
     "conv3d": (lambda: nn.Conv3d(12, 10, (1, 2, 3), padding=1), (2, 12, 3, 4, 4)),
     "conv transposed": (lambda: nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 3, 4)),
@@ -123,6 +124,17 @@ class TestEqualsTheSeparateOperations:
         y = joined.joined(operation, x, module.weight, module.bias, [split(operation, tucker, "factored", 1.0)])
         y.relu_().sum().backward()
         assert x.grad is not None
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_strided_pointwise_convolutions_of_few_channels(join, monkeypatch):
+    """torch's own gradient of such a weight, channels-last, corrupts memory: neither way may ask for it."""
+    monkeypatch.setattr(kinds, "can_join", lambda *args: join)
+    model, layer = attach(nn.Conv2d(64, 32, 1, stride=2).to(memory_format=torch.channels_last), init_weights=False)
+    x = torch.randn(2, 64, 96, 96).to(memory_format=torch.channels_last)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def attach(layer, **given):

@@ -58,6 +58,7 @@ LAYERS = {
     "conv1d unbatched": (lambda: nn.Conv1d(6, 8, 3), (6, 7)),
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 7, 6)),
     "conv2d, no bias, dilation": (lambda: nn.Conv2d(6, 8, 3, dilation=(1, 2), bias=False), (2, 6, 7, 6)),
+    "conv2d 1x1 strided": (lambda: nn.Conv2d(6, 8, 1, stride=2), (2, 6, 5, 4)),
     "conv2d 1x1": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 3, 3)),
     "conv2d unequal sides": (lambda: nn.Conv2d(6, 8, (1, 4), padding=(0, 2)), (2, 6, 4, 5)),
     "conv2d same": (lambda: nn.Conv2d(6, 8, 3, padding="same"), (2, 6, 4, 5)),
