@@ -251,9 +251,8 @@ def seen(operation: Operation, x: Tensor, weight_shape: Sequence[int]) -> tuple[
     pointwise = isinstance(operation, Conv) and prod(weight_shape[2:]) == 1
     if not pointwise or prod(operation.stride) == 1 or set(operation.padding) not in ({0}, set("valid")):
         return operation, x
-    return operation._replace(stride=(1,) * len(operation.stride)), x[
-        (..., *(slice(None, None, s) for s in operation.stride))
-    ]
+    positions = (..., *(slice(None, None, stride) for stride in operation.stride))
+    return operation._replace(stride=(1,) * len(operation.stride)), x[positions]
 
 
 def split(operation: Operation, tucker: Tucker, route: str, scale: float) -> Parts:
