@@ -81,6 +81,7 @@ def run(
                 "rank": NETWORKS[network].rank,
                 "methods": rows,
             }
+            results["networks"] = {n: results["networks"][n] for n in NETWORKS if n in results["networks"]}
             record.write(path, results)
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import performance
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -174,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability-conv": stability("conv"),
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
+    **{name: lambda build=build: _table(*build()) for name, build in performance.TABLES.items()},
 }
 
 
