@@ -44,6 +44,8 @@ def random(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+torch.manual_seed(0)  # for the inputs in these tables
+
 # name: the weight's shape, an input, and what is computed; `transformers` has all of these in its experts and routers.
 PRODUCTS = {
     "linear": (MATRIX, random(3, 12), lambda x, w: F.linear(x, w)),
@@ -101,7 +103,7 @@ class TestActsAsTheSum:
     def test_value_and_gradients(self, name, rank):
         shape, x, compute = {**PRODUCTS, **OTHERS}[name]
         weight, plain, cores = updated(shape, rank, [max(1, r - 1) for r in rank])
-        loose = {"rtol": 1e-4, "atol": 1e-4} if name.startswith("grouped") else {}
+        loose = {"rtol": 1e-3, "atol": 1e-2} if name.startswith("grouped") else {}  # those are in float32
         results = []
         for value in (weight, plain):
             own = None if x is None else x.clone().requires_grad_(x.is_floating_point())
