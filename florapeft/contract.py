@@ -66,12 +66,6 @@ class Linear(NamedTuple):
         """The gradient of `apply` with regard to `x`, from that of its result."""
         return gradient @ (weight if self.input_mode == 1 else weight.mT)
 
-    def gradients(self, gradient: Tensor, x: Tensor, weight: Tensor, for_x: bool) -> tuple[Tensor | None, Tensor]:
-        """The gradients of `apply` with regard to `x` (None unless asked for) and `weight`."""
-        rows, columns = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        for_weight = rows.mT @ columns if self.input_mode == 1 else columns.mT @ rows
-        return (self.input_gradient(gradient, x, weight) if for_x else None), for_weight
-
     def positions(self, x: Tensor, weight_shape: Sequence[int]) -> tuple[float, float, float]:
         """How many vectors of channels the input, the middle step and the output have."""
         count = x.numel() / weight_shape[self.input_mode]
@@ -80,11 +74,11 @@ class Linear(NamedTuple):
 
 # What convolutions and transposed ones have in common. The gradients are for padding by zeros, given as numbers.
 def _project_in(self: Conv | ConvTranspose, x: Tensor, factor: Tensor) -> Tensor:
-    return _pointwise(x, factor.mT, len(self.stride))
+    return pointwise(x, factor.mT, len(self.stride))
 
 
 def _project_out(self: Conv | ConvTranspose, x: Tensor, factor: Tensor) -> Tensor:
-    return _pointwise(x, factor, len(self.stride))
+    return pointwise(x, factor, len(self.stride))
 
 
 def _input_gradient(self: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -278,6 +272,13 @@ def expand(tucker: Tucker, scale: float) -> Tensor:
         return multi_mode_dot(core if scale == 1.0 else core * scale, factors)
 
 
+def expand_exactly(tucker: Tucker, scale: float) -> Tensor:
+    """As `expand`, in at least float32."""
+    dtype = torch.promote_types(tucker.core.dtype, torch.float32)
+    factors = tuple(None if factor is None else factor.to(dtype) for factor in tucker.factors)
+    return expand(Tucker(tucker.core.to(dtype), factors), scale)
+
+
 def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int], x: Tensor, *, fused: bool) -> str:
     """The route with the least estimated cost for this input.
 
@@ -343,6 +344,6 @@ def _convolution_gradients(
     return for_x, for_weight
 
 
-def _pointwise(x: Tensor, matrix: Tensor, spatial: int) -> Tensor:
+def pointwise(x: Tensor, matrix: Tensor, spatial: int) -> Tensor:
     """A 1 x … x 1 convolution: `matrix` `(out, in)` applied to the channels at every position."""
     return _CONV[spatial](x, matrix.reshape(*matrix.shape, *(1,) * spatial))

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, seen
+from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, pointwise, seen
 
 
 def joined(
@@ -216,7 +215,7 @@ def _and_kept(tensors: Sequence[Any], recompute: bool, size: int) -> tuple[Seque
 def _enter(x: Tensor, matrix: Tensor) -> Tensor:
     """`x` with its channels multiplied by `matrix` `(d, r)`; channels-last, which small kernels need."""
     if _channels_last(x):
-        return _pointwise(x, matrix.mT)
+        return pointwise(x, matrix.mT, x.ndim - 2)
     h = torch.bmm(matrix.mT.expand(len(x), *matrix.mT.shape), x.flatten(2))
     return h.mT.contiguous().unflatten(1, x.shape[2:]).movedim(-1, 1)
 
@@ -228,7 +227,7 @@ def _add_product(y: Tensor, h: Tensor, matrix: Tensor) -> None:
     elif _channels_last(y):
         y.movedim(1, -1).view(-1, y.shape[1]).addmm_(h.movedim(1, -1).reshape(-1, h.shape[1]), matrix.mT)
     else:
-        y += _pointwise(h, matrix)
+        y += pointwise(h, matrix, h.ndim - 2)
 
 
 def _cross(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -241,9 +240,3 @@ def _cross(wide: Tensor, narrow: Tensor) -> Tensor:
 
 def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """A 1 x … x 1 convolution by `matrix` `(out, in)`."""
-    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
-    return convolution(x, matrix.reshape(*matrix.shape, *(1,) * (x.ndim - 2)))

@@ -18,7 +18,7 @@ from florapeft.config import FloraConfig
 from florapeft.contract import split
 from florapeft.init import initialize
 from florapeft.joined import can_join, joined
-from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker, quantization_backend
+from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, parameter_shape, quantization_backend
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
 
@@ -71,10 +71,7 @@ class WeightLayer(FloraLayer):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; with the updates for a parent that reads it to compute with it."""
-        weight = super().weight
-        for name in self.acting() if self.is_read else ():
-            weight = add_update(weight, self.get_delta_weight(name))
-        return weight
+        return self.summed("weight", self.acting()) if self.is_read else super().weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in every layer; the input may be given by its name in the base layer's own forward."""
@@ -255,10 +252,7 @@ class Embedding(WeightLayer):
         return delta * keep
 
     def _updated_weight(self, active: Sequence[str]) -> Tensor:
-        weight = self.get_base_layer().weight
-        for name in active:
-            weight = add_update(weight, self.get_delta_weight(name))
-        return weight
+        return self.summed("weight", active)
 
     def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
         update = contract.contract(operation, self.tucker(name), x, route=route, scale=self.scaling[name])
@@ -328,4 +322,4 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of a layer's weight, also where what is stored is packed or sharded."""
     if quantized_as(module) == "linear":
         return module.out_features, module.in_features
-    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3
+    return parameter_shape(module.weight)

@@ -203,9 +203,16 @@ class FloraLayer(FloraWrapper):
 
     def expand(self, weight_name: str, tucker: Tucker, scale: float) -> Tensor:
         """`scale ·` the update that `tucker` stands for, in at least float32."""
-        dtype = torch.promote_types(tucker.core.dtype, torch.float32)
-        factors = tuple(None if f is None else f.to(dtype) for f in tucker.factors)
-        return contract.expand(Tucker(tucker.core.to(dtype), factors), scale)
+        return contract.expand_exactly(tucker, scale)
+
+    def summed(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """The base weight with the updates of these adapters, as merging would make it; differentiable."""
+        weight = weight_of(self.get_base_layer(), weight_name)
+        for name in adapter_names:
+            tucker = self.tuckers(name).get(weight_name)
+            if tucker is not None:
+                weight = add_update(weight, self.expand(weight_name, tucker, self.scale_of(name, weight_name)))
+        return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output, with the updates of all active adapters."""
@@ -325,6 +332,11 @@ class FloraLayer(FloraWrapper):
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+
+
+def parameter_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also where it is sharded."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor:

@@ -90,23 +90,13 @@ class FloraModel(BaseTuner):
         """
         _check_adapter_name(adapter_name, model)
         config = self.peft_config[adapter_name]
-        given = config.target_modules
         if not config.inference_mode:
             _warn_of_unmatched(config, model)
         with warnings.catch_warnings():
             # PEFT looks for rank patterns among modules alone; `_prepare_model` does among all targets.
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(given, set):
-            config.target_modules = given
-        elif is_shorthand(given) and isinstance(config.target_modules, set):
-            config.target_modules = {
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, FloraLayer)
-                and type(module) is not FloraParameters
-                and adapter_name in module.flora_core
-            }
+        config.target_modules = self._target_modules
         if config.save_batch_norm:
             self._keep_statistics(model, adapter_name)
         elif not config.inference_mode:
@@ -149,6 +139,7 @@ class FloraModel(BaseTuner):
             if unmatched := unmatched_patterns(getattr(peft_config, field), targets):
                 warnings.warn(f"{field} has keys that match no target: {unmatched}", RuntimeWarning, stacklevel=2)
         self._bare_targets = [target for target in targets if target.bare]
+        self._target_modules = peft_config.target_modules
         self._places = places(model)
 
     @staticmethod
@@ -208,8 +199,7 @@ class FloraModel(BaseTuner):
                 layer.register_forward_pre_hook(_no_op)
             if isinstance(layer, WeightLayer):
                 layer.is_read = is_read(described.module, self.model)
-            for place, name in self._places.get(id(target), [(parent, own_name)]):
-                self._replace_module(place, name, layer, target)
+            self._replace_module(parent, own_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
         return layer
@@ -226,12 +216,14 @@ class FloraModel(BaseTuner):
             layer.update_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's would move 8-bit layers whole, with adapters that are still on the meta device; and, when unloading,
-        # assign the weight to the layer that has it, also where that is a computed one.
-        unloading = not isinstance(new_module, BaseTunerLayer)
-        if unloading and isinstance(child, FloraLayer):
+        """In every place where the child stands.
+
+        PEFT's would move 8-bit layers whole, with adapters that are still on the meta device; and, when unloading,
+        assign the weight to the layer that has it, also where that is a computed one.
+        """
+        if isinstance(child, FloraLayer) and not isinstance(new_module, BaseTunerLayer):
             child.release()
-        for place, name in self._places.get(id(child), [(parent, child_name)]) if unloading else [(parent, child_name)]:
+        for place, name in self._places.get(id(child), [(parent, child_name)]):
             setattr(place, name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

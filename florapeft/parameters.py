@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from florapeft.config import FloraConfig
 from florapeft.init import initialize
-from florapeft.layer import FloraLayer, adapter_tensors, add_update, as_tucker, weight_of
+from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, parameter_shape, weight_of
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
 
@@ -70,12 +70,13 @@ class FloraParameters(FloraLayer):
         Raises:
             ValueError: the weight is not adapted, or it has to be said which.
         """
-        deltas = self.delta_weights(adapter_name)
-        if weight_name is None and len(deltas) == 1:
-            return next(iter(deltas.values()))
-        if weight_name not in deltas:
-            raise ValueError(f"adapter {adapter_name!r} has updates of {sorted(deltas)}: name one, got {weight_name!r}")
-        return deltas[weight_name]
+        tuckers = self.tuckers(adapter_name)
+        if weight_name is None and len(tuckers) == 1:
+            weight_name = next(iter(tuckers))
+        if weight_name not in tuckers:
+            given = f"name one, got {weight_name!r}"
+            raise ValueError(f"adapter {adapter_name!r} has updates of {sorted(tuckers)}: {given}")
+        return self.expand(weight_name, tuckers[weight_name], self.scale_of(adapter_name, weight_name))
 
     def adapted_forward(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         with self.updated(active):
@@ -84,14 +85,10 @@ class FloraParameters(FloraLayer):
     def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
         """While the context lasts, the adapters' updates are part of the base layer's weights."""
         base = self.get_base_layer()
-        updates: dict[str, list[tuple[str, Tucker]]] = {}
-        for name in active:
-            for weight_name, tucker in self.tuckers(name).items():
-                updates.setdefault(weight_name, []).append((name, tucker))
         places = []
-        for weight_name, tuckers in updates.items():
+        for weight_name in dict.fromkeys(weight_name for name in active for weight_name in self.tuckers(name)):
             owner_name, _, attribute = weight_name.rpartition(".")
-            places.append((base.get_submodule(owner_name), attribute, self._updated_weight(weight_name, tuckers)))
+            places.append((base.get_submodule(owner_name), attribute, self._updated_weight(weight_name, active)))
         checkpoint = getattr(base, "_gradient_checkpointing_func", None)
         if checkpoint is not None:
             # transformers runs such a module once more in the backward pass, when this context is long gone.
@@ -105,15 +102,14 @@ class FloraParameters(FloraLayer):
             return standing_in([*places, (base, "_gradient_checkpointing_func", checkpoint_updated)])
         return standing_in(places)
 
-    def _updated_weight(self, weight_name: str, tuckers: Sequence[tuple[str, Tucker]]) -> UpdatedWeight | Tensor:
+    def _updated_weight(self, weight_name: str, active: Sequence[str]) -> UpdatedWeight | Tensor:
+        tuckers = {name: self.tuckers(name)[weight_name] for name in active if weight_name in self.tuckers(name)}
         weight = weight_of(self.get_base_layer(), weight_name)
         if self.route == "dense" or weight.ndim == 1 or not tuckers:
-            for name, tucker in tuckers:
-                weight = add_update(weight, self.expand(weight_name, tucker, self.scale_of(name, weight_name)))
-            return weight
+            return self.summed(weight_name, list(tuckers))
         return UpdatedWeight(
             weight,
-            [Update.of(t, self.scale_of(name, weight_name), self.flora_dropout[name]) for name, t in tuckers],
+            [Update.of(t, self.scale_of(name, weight_name), self.flora_dropout[name]) for name, t in tuckers.items()],
         )
 
     def mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
@@ -162,16 +158,13 @@ class FloraParameters(FloraLayer):
     @property
     def weight(self) -> Any:
         """The base layer's; with its updates where it is one of the adapted ones."""
-        return self._asked_for("weight") if "weight" in self.weight_names.values() else super().weight
+        own = "weight" in self.weight_names.values()
+        return self._updated_weight("weight", self.acting()) if own else super().weight
 
     def __getattr__(self, name: str) -> Any:
         """As in every layer; a weight comes with its updates."""
         own = name in vars(self).get("weight_names", {}).values()
-        return self._asked_for(name) if own else super().__getattr__(name)
-
-    def _asked_for(self, name: str) -> UpdatedWeight | Tensor:
-        tuckers = [(active, self.tuckers(active)) for active in self.acting()]
-        return self._updated_weight(name, [(active, own[name]) for active, own in tuckers if name in own])
+        return self._updated_weight(name, self.acting()) if own else super().__getattr__(name)
 
 
 class MultiheadAttention(FloraParameters):
@@ -227,11 +220,6 @@ def expert_stacks(module: nn.Module) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 3 and (named or parameter_shape(parameter)[0] in experts)
     ]
-
-
-def parameter_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, also where it is sharded."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3
 
 
 def _input_and_output_mode(module: nn.Module, order: int) -> tuple[int, int]:

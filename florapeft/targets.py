@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
 from florapeft.kinds import SUPPORTED_KINDS, WeightLayer, adapted_kind, quantized_as, weight_shape
-from florapeft.layer import FloraLayer
+from florapeft.layer import FloraLayer, parameter_shape
 from florapeft.parameters import (
     FloraParameters,
     MultiheadAttention,
     attention_weights,
     expert_stacks,
-    parameter_shape,
 )
 from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
 from florapeft.support import is_supported_kind, shared_weights, why_not, why_not_parameter

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from florapeft.contract import expand
+from florapeft.contract import expand, expand_exactly
 from florapeft.tucker import Tucker
 
 
@@ -48,10 +48,8 @@ class Update(NamedTuple):
 
     def dense(self) -> Tensor:
         """Shape `(…, a, b)`, in at least float32."""
-        dtype = torch.promote_types(self.cores.dtype, torch.float32)
-        factors = [None if f is None else f.to(dtype) for f in (self.left, self.right)]
-        batch: list[Tensor | None] = [None] * (self.cores.ndim - 2)
-        return expand(Tucker(self.cores.to(dtype), (*batch, *factors)), 1.0)
+        batch = (None,) * (self.cores.ndim - 2)
+        return expand_exactly(Tucker(self.cores, (*batch, self.left, self.right)), 1.0)
 
     def after(self, x: Tensor) -> Tensor:
         """`x @ dW` for `x` of shape `(…, n, a)`."""
