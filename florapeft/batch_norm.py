@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from florapeft.layer import FloraWrapper
+from florapeft.layer import FloraWrapper, check_samples, samples_of
 from florapeft.updated import standing_in
 
 logger = logging.getLogger("florapeft")
@@ -77,16 +77,12 @@ class FloraBatchNorm(FloraWrapper):
             return self.base_layer(x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
-            )
+        check_samples(x, adapter_names)
         result = self.base_layer(x)
-        for name in dict.fromkeys(adapter_names):
+        for name, rows in samples_of(adapter_names).items():
             if name in self.flora_statistics:
-                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                result = result.index_copy(0, rows, self._forward_with(name, x[rows]))
+                index = torch.tensor(rows, device=x.device)
+                result = result.index_copy(0, index, self._forward_with(name, x[index]))
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -18,7 +18,15 @@ from florapeft.config import FloraConfig
 from florapeft.contract import split
 from florapeft.init import initialize
 from florapeft.joined import can_join, joined
-from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, parameter_shape, quantization_backend
+from florapeft.layer import (
+    FloraLayer,
+    adapter_tensors,
+    as_tucker,
+    check_samples,
+    parameter_shape,
+    quantization_backend,
+    samples_of,
+)
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
 
@@ -107,16 +115,12 @@ class WeightLayer(FloraLayer):
     def mixed_forward(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         count = len(adapter_names)
         x = _repeated(x, count)
-        if len(x) != count:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {count} "
-                f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
-            )
+        check_samples(x, adapter_names)
         result = _repeated(self._base_result(x, *args, **kwargs), count)
-        for name in dict.fromkeys(adapter_names):
+        for name, rows in samples_of(adapter_names).items():
             if name not in self.flora_core:
                 continue
-            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            index = torch.tensor(rows, device=x.device)
             if self._own_forward:
                 with self.updated([name]):
                     own = _repeated(self.base_layer(x, *args, **kwargs), count)

@@ -334,6 +334,31 @@ class FloraLayer(FloraWrapper):
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
 
+def samples_of(adapter_names: Sequence[str]) -> dict[str, list[int]]:
+    """Of a mixed batch, which samples each adapter has."""
+    samples: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        samples.setdefault(name, []).append(row)
+    return samples
+
+
+def in_order(parts: Sequence[Tensor], samples: dict[str, list[int]], axis: int = 0) -> Tensor:
+    """The outputs of each adapter's samples, in the order of `samples`, as one batch in its own order."""
+    order = [row for rows in samples.values() for row in rows]
+    joined = torch.cat(tuple(parts), axis)
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=joined.device)
+    return joined.index_select(axis, back)
+
+
+def check_samples(x: Tensor, adapter_names: Sequence[str]) -> None:
+    """Raise a ValueError, worded as PEFT's, if there is not one name per sample."""
+    if len(x) != len(adapter_names):
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+            f"and {len(x)} respectively (where a model folds other axes into the first, mixed batches cannot work)"
+        )
+
+
 def parameter_shape(weight: Tensor) -> tuple[int, ...]:
     """The shape of a parameter, also where it is sharded."""
     return tuple(getattr(weight, "ds_shape", weight.shape))  # ds_shape: under DeepSpeed's ZeRO-3

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from florapeft.kinds import WeightLayer
-from florapeft.layer import FloraWrapper
+from florapeft.layer import FloraWrapper, in_order, samples_of
 from florapeft.updated import standing_in
 
 _NO_ADAPTER = "__base__"  # PEFT's name for it
@@ -114,9 +113,8 @@ def _forward(module: AuxiliaryTrainingWrapper, adapter_names: list[str], *args: 
             f"{type(module.original_module).__name__} with inputs of shapes {[tuple(value.shape) for value in given]}"
         )
     own = set() if module.disable_adapters else module._adapters
-    outputs, order = [], []
-    for name in dict.fromkeys(name if name in own else _NO_ADAPTER for name in adapter_names):
-        rows = [row for row, other in enumerate(adapter_names) if (other if other in own else _NO_ADAPTER) == name]
+    outputs, samples = [], samples_of([name if name in own else _NO_ADAPTER for name in adapter_names])
+    for name, rows in samples.items():
         part = [value[rows] if _has_samples(value, count) else value for value in args]
         named = {key: value[rows] if _has_samples(value, count) else value for key, value in kwargs.items()}
         if name == _NO_ADAPTER:
@@ -125,11 +123,10 @@ def _forward(module: AuxiliaryTrainingWrapper, adapter_names: list[str], *args: 
             outputs.append(module.modules_to_save[name](*part, **named))
         else:
             outputs.append(module._forward_wrapped_mixed_batch(*part, active_adapter=name, **named))
-        order += rows
     if not all(isinstance(output, Tensor) for output in outputs):
         kind = type(module.original_module).__name__
         raise NotImplementedError(f"`adapter_names` and a {kind} in modules_to_save, whose output is no tensor")
-    return torch.cat(outputs)[sorted(range(count), key=order.__getitem__)]
+    return in_order(outputs, samples)
 
 
 def _has_samples(value: Any, count: int) -> bool:

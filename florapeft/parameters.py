@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from florapeft.config import FloraConfig
 from florapeft.init import initialize
-from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, parameter_shape, weight_of
+from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, in_order, parameter_shape, samples_of, weight_of
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
 
@@ -117,19 +117,16 @@ class FloraParameters(FloraLayer):
         if not any(name in self.flora_core for name in adapter_names):
             return self.base_layer(*args, **kwargs)
         take, axis = self._by_sample(len(adapter_names), args, kwargs)
-        parts, order = [], []
-        for name in dict.fromkeys(adapter_names):
-            rows = [row for row, other in enumerate(adapter_names) if other == name]
+        parts, samples = [], samples_of(adapter_names)
+        for name, rows in samples.items():
             part_args, part_kwargs = take(rows)
             with self.updated([name] if name in self.flora_core else []):
                 parts.append(self.base_layer(*part_args, **part_kwargs))
-            order += rows
-        inverse = sorted(range(len(order)), key=order.__getitem__)
         if isinstance(parts[0], Tensor):
-            return _in_order(parts, inverse, axis)
+            return in_order(parts, samples, axis)
         # nn.MultiheadAttention: its output, and its weights, whose first axis is the batch, or None.
         outputs, weights = zip(*parts, strict=True)
-        return _in_order(outputs, inverse, axis), None if weights[0] is None else _in_order(weights, inverse, 0)
+        return in_order(outputs, samples, axis), None if weights[0] is None else in_order(weights, samples)
 
     def _by_sample(
         self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -228,8 +225,3 @@ def _input_and_output_mode(module: nn.Module, order: int) -> tuple[int, int]:
         return 0, 0
     transposed = order > 2 and getattr(module, "is_transposed", True)
     return (order - 2, order - 1) if transposed else (order - 1, order - 2)
-
-
-def _in_order(parts: Sequence[Tensor], rows: list[int], axis: int) -> Tensor:
-    joined = torch.cat(tuple(parts), axis)
-    return joined.index_select(axis, torch.tensor(rows, device=joined.device))
