@@ -15,7 +15,7 @@ from florapeft.config import FloraConfig
 from florapeft.kinds import Embedding
 from florapeft.layer import FloraLayer
 from florapeft.rank import validate_rank
-from florapeft.tucker import Tucker, hooi, mode_dot, multi_mode_dot
+from florapeft.tucker import Tucker, hooi, mode_dot, orthonormalize
 
 
 def concatenate(tuckers: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
@@ -67,14 +67,7 @@ def compress(tucker: Tucker, rank: Sequence[int]) -> Tucker:
     Returns:
         A Tucker tensor of that rank; modes of full size are whole.
     """
-    core, factors = tucker
-    bases: list[Tensor | None] = []
-    triangles: list[Tensor | None] = []
-    for factor in factors:
-        q, r = (None, None) if factor is None else torch.linalg.qr(factor)
-        bases.append(q)
-        triangles.append(r)
-    core = multi_mode_dot(core, triangles)
+    core, bases = orthonormalize(tucker)
     small = hooi(core, [min(r, size) for r, size in zip(rank, core.shape, strict=True)])
     return Tucker(small.core, tuple(_product(basis, inner) for basis, inner in zip(bases, small.factors, strict=True)))
 

@@ -136,6 +136,23 @@ def multi_mode_dot(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     return tensor
 
 
+def orthonormalize(tucker: Tucker) -> Tucker:
+    """The same tensor with orthonormal factors (QR of each, the triangles moved into the core), not built.
+
+    Norm, inner products and the singular values of every unfolding are then the core's. A mode kept whole stays so.
+
+    Args:
+        tucker: a tensor in Tucker form, in a dtype that QR is implemented for.
+    """
+    bases: list[Tensor | None] = []
+    triangles: list[Tensor | None] = []
+    for factor in tucker.factors:
+        basis, triangle = (None, None) if factor is None else torch.linalg.qr(factor)
+        bases.append(basis)
+        triangles.append(triangle)
+    return Tucker(multi_mode_dot(tucker.core, triangles), tuple(bases))
+
+
 def hosvd(tensor: Tensor, rank: Sequence[int]) -> Tucker:
     """Truncated higher-order SVD: factor n spans the leading `r_n` left singular vectors of the mode-n unfolding.
 

@@ -14,7 +14,17 @@ from tensorly.tenalg import multi_mode_dot as tensorly_multi_mode_dot
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch.testing import assert_close
 
-from florapeft.tucker import Tucker, fold, hooi, hosvd, mode_dot, multi_mode_dot, unfold, validate_tucker
+from florapeft.tucker import (
+    Tucker,
+    fold,
+    hooi,
+    hosvd,
+    mode_dot,
+    multi_mode_dot,
+    orthonormalize,
+    unfold,
+    validate_tucker,
+)
 
 SHAPES = [(7,), (5, 4), (4, 3, 6), (6, 5, 3, 3), (4, 3, 2, 3, 2)]
 RANKS = [(3,), (2, 3), (2, 3, 4), (3, 5, 2, 3), (2, 3, 1, 2, 2)]
@@ -265,3 +275,21 @@ class TestErrors:
         tensor = randn(8, 8, 8)
         errors = [error(tensor, hooi(tensor, (2, 3, 2), iterations=n, tolerance=-1.0)) for n in range(6)]
         assert errors == sorted(errors, reverse=True)
+
+
+class TestOrthonormalize:
+    @given(shapes_and_ranks())
+    def test_same_tensor_whose_spectra_are_the_cores(self, case):
+        shape, rank = case
+        factors = tuple(None if r == d else randn(d, r) for d, r in zip(shape, rank, strict=True))
+        given = Tucker(randn(*rank), factors)
+        core, bases = orthonormalize(given)
+        dense = given.to_tensor()
+        assert_close(Tucker(core, bases).to_tensor(), dense)
+        assert_close(core.norm(), dense.norm())
+        for mode, (basis, r) in enumerate(zip(bases, rank, strict=True)):
+            assert (basis is None) == (factors[mode] is None)
+            values, tail = torch.linalg.svdvals(unfold(core, mode)), torch.linalg.svdvals(unfold(dense, mode))
+            assert_close(values[:r], tail[: len(values)])
+            if basis is not None:
+                assert_close(basis.mT @ basis, torch.eye(r, dtype=basis.dtype))
