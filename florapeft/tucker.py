@@ -202,11 +202,13 @@ def hooi(tensor: Tensor, rank: Sequence[int], *, iterations: int = 25, tolerance
     """
     rank = _validate_rank(rank, tensor.shape)
     working = _working_dtype(tensor)
-    factors = list(hosvd(working, rank).factors)
+    first = hosvd(working, rank)
+    factors = list(first.factors)
     truncated = [mode for mode, factor in enumerate(factors) if factor is not None]
     norm = working.norm()
-    captured = _project(working, factors, working.dtype).core.norm()
-    for _ in range(iterations):
+    captured = first.core.norm()
+    is_optimal = len(truncated) < 2 or tensor.ndim == 2  # by the theorem of Eckart and Young
+    for _ in range(0 if is_optimal else iterations):
         for mode in truncated:
             others = [None if m == mode or f is None else f.mT for m, f in enumerate(factors)]
             projected = multi_mode_dot(working, others)
@@ -217,6 +219,44 @@ def hooi(tensor: Tensor, rank: Sequence[int], *, iterations: int = 25, tolerance
     return _project(working, factors, tensor.dtype)
 
 
+def hosvd_core(tensor: Tensor) -> Tensor:
+    """The core of the untruncated HOSVD: the tensor in the basis of its own left singular vectors, in every mode.
+
+    Its slices along a mode are orthogonal, and their norms the singular values of that mode's unfolding, descending.
+    Cutting it to a corner of size `rank` keeps the energy that `hosvd(tensor, rank)` keeps, so that one core tells the
+    errors of all ranks.
+
+    Args:
+        tensor: shape `(d_0, …, d_{N-1})`, floating point.
+
+    Returns:
+        Shape `(m_0, …, m_{N-1})` with `m_n = min(d_n, Π_{m≠n} d_m)`: a mode's unfolding has no more singular values. In
+        float64; of a matrix, the singular values on the diagonal.
+
+    Source: De Lathauwer, De Moor, Vandewalle (2000), SIAM J. Matrix Anal. Appl. 21(4), theorem 2.
+    """
+    working = _working_dtype(tensor)
+    if tensor.ndim == 2:
+        return torch.diag(mode_energies(working, 0).sqrt())
+    core = working
+    for mode, size in enumerate(tensor.shape):
+        others = tensor.numel() // max(size, 1)
+        if tensor.ndim > 1:
+            basis = _leading_left_singular_vectors(unfold(working, mode), min(size, others))
+            core = mode_dot(core, basis.mT, mode)
+    return core.double()
+
+
+def mode_energies(tensor: Tensor, mode: int) -> Tensor:
+    """The squared singular values of the mode-n unfolding, descending, in float64; their sum is `‖tensor‖²`.
+
+    Returns:
+        Shape `(min(d_mode, Π_{m≠mode} d_m),)`.
+    """
+    matrix = unfold(tensor, mode).double()
+    return torch.linalg.eigvalsh(_smaller_gram(matrix)).flip(0).clamp_min(0.0)
+
+
 def _project(tensor: Tensor, factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tucker:
     """The Tucker tensor with these orthonormal factors that is nearest to `tensor`."""
     core = multi_mode_dot(tensor, [None if f is None else f.mT for f in factors])
@@ -224,11 +264,27 @@ def _project(tensor: Tensor, factors: Sequence[Tensor | None], dtype: torch.dtyp
 
 
 def _leading_left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
-    """The `count` leading left singular vectors of `matrix`, as columns; shape `(rows, count)`."""
-    left = torch.linalg.svd(matrix, full_matrices=False).U
+    """The `count` leading left singular vectors of `matrix`, as columns; shape `(rows, count)`.
+
+    In float32 by the eigenvectors of the smaller Gram matrix, many times faster on wide unfoldings. In float64 it has
+    the digits of a float32 matrix squared; in float32 it would lose those below `√ε` of the largest singular value.
+    """
+    rows, columns = matrix.shape
+    if matrix.dtype == torch.float32 and min(rows, columns) > 0:
+        exact = matrix.double()
+        vectors = torch.linalg.eigh(_smaller_gram(exact)).eigenvectors.flip(1)
+        # Of a tall matrix those are the right ones, which it maps to the left ones.
+        left = vectors if rows <= columns else torch.linalg.qr(exact @ vectors[:, :count]).Q
+    else:
+        left = torch.linalg.svd(matrix, full_matrices=False).U
     if left.shape[1] < count:  # fewer columns than asked for: complete to an orthonormal basis
         left = torch.linalg.qr(left, mode="complete").Q
-    return left[:, :count].contiguous()
+    return left[:, :count].to(matrix.dtype).contiguous()
+
+
+def _smaller_gram(matrix: Tensor) -> Tensor:
+    """`M Mᵀ` or `Mᵀ M`, whichever is smaller."""
+    return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
 
 
 def _working_dtype(tensor: Tensor) -> Tensor:

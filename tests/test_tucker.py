@@ -19,7 +19,9 @@ from florapeft.tucker import (
     fold,
     hooi,
     hosvd,
+    hosvd_core,
     mode_dot,
+    mode_energies,
     multi_mode_dot,
     orthonormalize,
     unfold,
@@ -275,6 +277,42 @@ class TestErrors:
         tensor = randn(8, 8, 8)
         errors = [error(tensor, hooi(tensor, (2, 3, 2), iterations=n, tolerance=-1.0)) for n in range(6)]
         assert errors == sorted(errors, reverse=True)
+
+    @pytest.mark.parametrize("shape", [(40, 30), (30, 400), (400, 30), (20, 18, 3, 3)])
+    def test_in_float32_as_good_as_an_svd_in_float64(self, shape):
+        """Also where little is cut off, of a tensor whose singular values span six orders of magnitude."""
+        tensor = randn(*shape) * torch.logspace(0, -6, shape[0], dtype=torch.float64).reshape(-1, *[1] * len(shape[1:]))
+        rank = (shape[0] - 2, shape[1] - 2, *shape[2:])
+        exact, single = hosvd(tensor, rank), hosvd(tensor.float(), rank)
+        factors = [None if f is None else f.double() for f in single.factors]
+        got, best = error(tensor, Tucker(single.core.double(), tuple(factors))), error(tensor, exact)
+        assert got == pytest.approx(best, abs=3e-7 * tensor.norm().item())
+
+
+class TestHosvdCore:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_its_corners_hold_what_hosvd_captures(self, shape):
+        tensor = randn(*shape)
+        squares = hosvd_core(tensor).square()
+        rank = tuple(max(1, d - 1) for d in shape)
+        corner = squares[tuple(slice(r) for r in rank)].sum()
+        assert_close(corner, hosvd(tensor, rank).core.square().sum() if len(shape) > 1 else squares[: rank[0]].sum())
+        assert_close(squares.sum(), tensor.square().sum())
+
+    @pytest.mark.parametrize("shape", SHAPES[1:])
+    def test_its_slices_have_the_modes_energies(self, shape):
+        tensor = randn(*shape)
+        core = hosvd_core(tensor)
+        for mode in range(len(shape)):
+            gram = unfold(core, mode) @ unfold(core, mode).mT
+            expected = torch.linalg.svdvals(unfold(tensor, mode)).square()
+            assert_close(gram, torch.diag(expected), atol=1e-9, rtol=1e-9)
+            assert_close(mode_energies(tensor, mode), expected)
+
+    def test_long_modes_are_cut_to_the_singular_values_there_are(self):
+        tensor = randn(50, 2, 3)
+        assert hosvd_core(tensor).shape == (6, 2, 3)
+        assert_close(hosvd_core(tensor).norm(), tensor.norm())
 
 
 class TestOrthonormalize:
