@@ -27,10 +27,13 @@ class FloraConfig(PeftConfig):
     Args:
         r: rank of every channel mode (an int), or one rank per mode in the weight's own axis order, which needs all
             targets to have that order. Capped at each mode's size.
-        kernel_r: rank of each spatial mode of a convolution; None keeps the kernel whole.
+        kernel_r: rank of each spatial mode of a convolution; None keeps the kernel whole, or, with a budget, leaves
+            it to the solver.
         budget: adapter parameters over all targets, as a count (int) or a share of the base model's parameters
-            (float in (0, 1)); replaces `r`. Heads and `modules_to_save` are not counted.
-        allocation: how a budget is spread without data: "uniform" gives every channel mode the same rank.
+            (float in (0, 1)); replaces `r`. Met from below, within 1% where the targets allow it. Heads and
+            `modules_to_save` are not counted.
+        allocation: how a budget is spread without data: "uniform" gives all modes of all targets the same share of
+            their size as rank, as nearly as the budget allows.
         ranks: resolved ranks, `{full module name: [r_0, …]}`. Written when a budget is solved; targets that are not
             listed are not adapted. Where it is set, `budget` is only a record.
         scale: the paper's s, a plain multiplier of the update (never divided by a rank).
@@ -61,7 +64,7 @@ class FloraConfig(PeftConfig):
 
     r: int | list[int] = field(default=8, metadata={"help": "Rank of every channel mode, or one rank per mode."})
     kernel_r: int | None = field(
-        default=None, metadata={"help": "Rank of each spatial mode; None keeps the kernel whole."}
+        default=None, metadata={"help": "Rank of each spatial mode; None keeps it whole, or leaves it to a budget."}
     )
     budget: int | float | None = field(
         default=None, metadata={"help": "Adapter parameters: a count, or a share of the base model's; replaces r."}

@@ -32,20 +32,23 @@ from florapeft.mixed import mixed_batch
 from florapeft.parameters import FloraParameters
 from florapeft.rank import cap_rank, resolve_rank
 from florapeft.support import is_read, places, why_not
+from florapeft.target_ranks import (
+    budget_in_parameters,
+    describe_caps,
+    from_pattern,
+    resolve_ranks,
+    solve_budget,
+    unmatched_patterns,
+)
 from florapeft.targets import (
     Target,
     adapted_targets,
     bare_parameters,
     describe,
-    describe_caps,
     exact_targets,
     find_targets,
-    from_pattern,
     is_shorthand,
-    resolve_ranks,
-    solve_budget,
     unmatched_names,
-    unmatched_patterns,
 )
 
 logger = logging.getLogger("florapeft")
@@ -127,11 +130,13 @@ class FloraModel(BaseTuner):
         targets = find_targets(model, peft_config)
         _check_modules_to_save(peft_config, targets)
         _check_nesting(model, targets, peft_config)
+        if peft_config.budget is not None and peft_config.ranks is None:
+            budget = budget_in_parameters(model, peft_config.budget)
+            peft_config.ranks = solve_budget(targets, peft_config, budget)
+            targets = [target for target in targets if target.name in peft_config.ranks]
         if is_shorthand(peft_config.target_modules):
             peft_config.target_modules = exact_targets(targets, model)
             peft_config.target_parameters = bare_parameters(targets) or None
-        if peft_config.budget is not None and peft_config.ranks is None:
-            peft_config.ranks = solve_budget(model, targets, peft_config)
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
         if caps and not peft_config.inference_mode:
             logger.warning(caps)

@@ -1,8 +1,8 @@
-"""One rank per mode: from an int, from one number per mode, or from a parameter budget over many layers."""
+"""One rank per mode: from an int, or from one number per mode; and how many parameters it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 
 Shape = Sequence[int]
@@ -61,45 +61,3 @@ def cap_rank(rank: Sequence[int], shape: Shape) -> tuple[int, ...]:
 def count_parameters(shape: Shape, rank: Sequence[int]) -> int:
     """Entries of a Tucker tensor: the core, and a factor for every mode that is not kept whole."""
     return prod(rank) + sum(d * r for d, r in zip(shape, rank, strict=True) if r < d)
-
-
-def spend_uniformly(
-    shapes: Mapping[str, Shape],
-    channel_modes: Mapping[str, Sequence[int]],
-    budget: int,
-    kernel_r: int | None = None,
-) -> dict[str, tuple[int, ...]]:
-    """The same rank `r` for the channel modes of every weight: the largest whose parameters fit the budget.
-
-    Args:
-        shapes: the weights to adapt, by name.
-        channel_modes: their channel modes, by name.
-        budget: the most parameters that all updates together may have.
-        kernel_r: rank of each other mode; None keeps them whole.
-
-    Returns:
-        One capped rank per weight.
-
-    Raises:
-        ValueError: no rank fits; the message says what the cheapest takes.
-    """
-    # The total is not monotone (a mode that becomes whole loses its factor); the cores alone are, and end the search.
-    largest = max(max((shape[mode] for mode in channel_modes[name]), default=1) for name, shape in shapes.items())
-    best, least = None, None
-    for r in range(1, largest + 1):
-        ranks = {
-            name: cap_rank(resolve_rank(shape, r, kernel_r, channel_modes[name], name), shape)
-            for name, shape in shapes.items()
-        }
-        total = sum(count_parameters(shapes[name], rank) for name, rank in ranks.items())
-        least = total if least is None else min(least, total)
-        if total <= budget:
-            best = ranks
-        elif sum(map(prod, ranks.values())) > budget and r > 1:
-            break
-    if best is None:
-        raise ValueError(
-            f"a budget of {budget} parameters is too small: the least that {len(shapes)} targets take is {least}; "
-            "raise the budget, target fewer modules, or lower kernel_r"
-        )
-    return best

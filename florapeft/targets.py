@@ -1,14 +1,13 @@
-"""Which weights of a model a configuration selects, and at which ranks."""
+"""Which weights of a model a configuration selects."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -17,7 +16,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
@@ -29,7 +27,6 @@ from florapeft.parameters import (
     attention_weights,
     expert_stacks,
 )
-from florapeft.rank import cap_rank, resolve_rank, spend_uniformly
 from florapeft.support import is_supported_kind, shared_weights, why_not, why_not_parameter
 
 SHORTHANDS = (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
@@ -96,12 +93,12 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     weights = {t.name: w for t in targets if (w := _weight(modules[t.module], t.weight)) is not None}
     shared = shared_weights(model, weights)
     if is_shorthand(config.target_modules):
-        refused |= {name: f"its weight is also that of {_listed(others)}" for name, others in shared.items()}
+        refused |= {name: f"its weight is also that of {listed(others)}" for name, others in shared.items()}
         targets = [target for target in targets if target.name not in shared]
     elif shared:
         name, others = next(iter(shared.items()))
         warnings.warn(
-            f"{_count(shared, 'target')} with a weight that another module has too, as {name} and {_listed(others)}: "
+            f"{_count(shared, 'target')} with a weight that another module has too, as {name} and {listed(others)}: "
             "the adapter acts where the target is called, but merging it changes the other module as well",
             RuntimeWarning,
             stacklevel=2,
@@ -112,7 +109,7 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
         given = ", ".join(f"{field}={_shown(value)}" for field, value in fields.items() if value)
         raise ValueError(
             f"{given} matches {_count(refused, 'target')} that FLoRA cannot adapt: "
-            f"{_listed(f'{name} ({reason})' for name, reason in refused.items())}. "
+            f"{listed(f'{name} ({reason})' for name, reason in refused.items())}. "
             f"Supported kinds: {', '.join(SUPPORTED_KINDS)}, and bare parameters by target_parameters"
         )
     if config.ranks is not None:
@@ -169,63 +166,6 @@ def adapted_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
-def resolve_ranks(targets: Iterable[Target], config: FloraConfig) -> dict[str, tuple[int, ...]]:
-    """The rank of every target as configured, before capping: `ranks`, else `rank_pattern`, else `r`.
-
-    Raises:
-        ValueError: a list of ranks does not have one entry per mode of a target.
-    """
-    resolved = {}
-    for target in targets:
-        if config.ranks is not None:
-            r = config.ranks[target.name]
-        else:
-            r = from_pattern(config.rank_pattern, target, config.r)
-        resolved[target.name] = resolve_rank(target.shape, r, config.kernel_r, target.channel_modes, target.name)
-    return resolved
-
-
-def from_pattern(pattern: dict[str, Any], target: Target, default: Any) -> Any:
-    """The value for a target: what matches its name, else what matches its module's, else the default."""
-    for name in (target.name, target.module):
-        key = get_pattern_key(pattern.keys(), name)
-        if key in pattern:
-            return pattern[key]
-    return default
-
-
-def unmatched_patterns(pattern: dict[str, Any], targets: Iterable[Target]) -> list[str]:
-    """Keys of a pattern that no target takes its value from."""
-    names = {name for target in targets for name in (target.name, target.module)}
-    return sorted(pattern.keys() - {get_pattern_key(pattern.keys(), name) for name in names})
-
-
-def solve_budget(model: nn.Module, targets: list[Target], config: FloraConfig) -> dict[str, list[int]]:
-    """Ranks for every target, spending `config.budget` as `config.allocation` says.
-
-    Raises:
-        ValueError: the budget does not suffice for rank 1.
-    """
-    budget = config.budget
-    if isinstance(budget, float):
-        budget = int(budget * count_base_parameters(model))
-    ranks = spend_uniformly(
-        {t.name: t.shape for t in targets}, {t.name: t.channel_modes for t in targets}, budget, config.kernel_r
-    )
-    return {name: list(rank) for name, rank in ranks.items()}
-
-
-def describe_caps(targets: Iterable[Target], ranks: dict[str, tuple[int, ...]]) -> str | None:
-    """One sentence on the ranks that exceed their mode's size, or None."""
-    capped = [
-        f"{t.name} mode {mode}: {r} -> {d}"
-        for t in targets
-        for mode, (r, d) in enumerate(zip(ranks[t.name], cap_rank(ranks[t.name], t.shape), strict=True))
-        if r > d
-    ]
-    return f"Ranks above a mode's size are capped: {_listed(capped)}" if capped else None
-
-
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module that could be a target, by full name; a tuner layer stands for the layer that it wraps.
 
@@ -251,21 +191,6 @@ def task_heads(model: nn.Module) -> list[str]:
         classifier = get_classifier()
         heads += [name for name, module in model.named_modules() if module is classifier]
     return heads
-
-
-def count_base_parameters(model: nn.Module) -> int:
-    """Parameters of the model without its adapters; tied ones count once, and packed ones by their layer's shape."""
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        for attribute in module.adapter_layer_names
-        for parameter in getattr(module, attribute).parameters()
-    }
-    quantized = [m for m in model.modules() if not isinstance(m, BaseTunerLayer) and quantized_as(m) == "linear"]
-    packed = {id(p) for m in quantized for name, p in m.named_parameters(recurse=False) if name != "bias"}
-    logical = sum(math.prod(weight_shape(module)) for module in quantized)
-    return logical + sum(p.numel() for p in model.parameters() if id(p) not in adapters | packed)
 
 
 def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
@@ -391,7 +316,7 @@ def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:
         hint = _closest(missing[0], names)
         raise ValueError(
             f"ranks names {_count(missing, 'module')} that this model does not have, or that target_modules does not "
-            f"select: {_listed(missing)}{hint}"
+            f"select: {listed(missing)}{hint}"
         )
 
 
@@ -441,6 +366,6 @@ def _count(items: Iterable[object], noun: str) -> str:
     return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
-def _listed(items: Iterable[str], most: int = 3) -> str:
+def listed(items: Iterable[str], most: int = 3) -> str:
     items = list(items)
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

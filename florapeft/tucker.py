@@ -257,6 +257,23 @@ def mode_energies(tensor: Tensor, mode: int) -> Tensor:
     return torch.linalg.eigvalsh(_smaller_gram(matrix)).flip(0).clamp_min(0.0)
 
 
+def captured_energy(core: Tensor, grid: Sequence[Sequence[int]]) -> Tensor:
+    """For every rank of a grid the energy that `hosvd` at that rank keeps of a tensor: `‖core[:r_0, …, :r_{N-1}]‖²`.
+
+    Args:
+        core: `hosvd_core` of the tensor.
+        grid: per mode the ranks, from 1; those above the core's size keep as much as that.
+
+    Returns:
+        Shape `(len(grid[0]), …, len(grid[N-1]))`, in float64.
+    """
+    energy = core.double().square()
+    for mode, ranks in enumerate(grid):
+        last = torch.tensor([min(r, core.shape[mode]) - 1 for r in ranks], device=energy.device)
+        energy = energy.cumsum(mode).index_select(mode, last)
+    return energy
+
+
 def _project(tensor: Tensor, factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tucker:
     """The Tucker tensor with these orthonormal factors that is nearest to `tensor`."""
     core = multi_mode_dot(tensor, [None if f is None else f.mT for f in factors])

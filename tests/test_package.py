@@ -29,13 +29,14 @@ HOUSE = [
     "joined",
     "updated",
     "rank",
+    "budget",
     "config",
     "init",
     "layer",
     "kinds",
     "parameters",
 ]
-HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "model"]
+HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "target_ranks", "model"]
 HOUSE += ["_register", "planning", "gradients", "extraction", "structure", "convert", "report", "train", "cli"]
 
 # Brought by the extras; the core must not import them.

@@ -17,7 +17,8 @@ import florapeft.layer
 from florapeft import FloraConfig
 from florapeft.contract import ROUTES
 from florapeft.kinds import Linear, has_own_forward
-from florapeft.targets import count_base_parameters, find_targets
+from florapeft.target_ranks import count_base_parameters
+from florapeft.targets import find_targets
 
 
 def bnb_8bit(linear):

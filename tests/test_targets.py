@@ -11,7 +11,8 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from florapeft import FloraConfig, FloraLayer
-from florapeft.targets import count_base_parameters, find_targets, why_not
+from florapeft.target_ranks import count_base_parameters
+from florapeft.targets import find_targets, why_not
 
 
 class Block(nn.Module):
