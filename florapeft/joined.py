@@ -8,8 +8,13 @@ has just made; kept are the layer's input and, unless it is to be computed again
     forward     y = W ∗ x + b        h = x A        y += (K ∗ h) Bᵀ
     backward    gx = W ∗ᵀ g          gk = g B       gh, gK = …(gk, h)       gx += gh Aᵀ,  gA = xᵀ gh,  gB = gᵀ (K ∗ h)
 
-`A`, `K`, `B` are what `contract.split` makes of core and factors for a route. The reference is
-`operation.apply(x, W, b) + contract.contract(…)`.
+`A`, `K`, `B` are what `contract.split` makes of core and factors for a route. Where the weight is small against the
+data, even these additions cost more than the sum of the weights, made once for the forward and once for the backward:
+
+    forward     y = (W + dW) ∗ x + b
+    backward    gx = (W + dW) ∗ᵀ g,  and the gradients of A, K, B as above, with h = x A made here
+
+The reference of both is `operation.apply(x, W, b) + contract.contract(…)`.
 """
 
 from __future__ import annotations
@@ -30,17 +35,22 @@ def joined(
     bias: Tensor | None,
     updates: Sequence[Parts],
     *,
+    masks: Sequence[Tensor | None] | None = None,
     recompute: bool = False,
+    summed: bool = False,
 ) -> Tensor:
     """`operation.apply(x, weight, bias)` plus the updates; `weight` and `bias` get no gradient.
 
     Args:
-        operation: for which `can_join` holds.
+        operation: for which `can_join` holds; if it has groups, with updates whose middle is all of dW.
         x: its input, in the dtype of the weight, or under autocast in any.
         weight: the frozen weight.
         bias: the frozen bias, or None.
         updates: at least one.
-        recompute: keep nothing but `x` for the backward pass.
+        masks: which entries of `x` an update sees, bool and shaped like it, for each update; None for all entries.
+        recompute: keep nothing but `x`, and masks, for the backward pass.
+        summed: compute with W + dW, in the precision of the weight, dW being the sum of the updates without a mask;
+            nothing but `x` and masks is kept then.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -48,18 +58,18 @@ def joined(
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         linear = isinstance(operation, Linear)
-        groups = [_two_matrices(operation, update) if linear else update for update in updates]
-        tensors = [None if tensor is None else tensor.to(weight.dtype) for group in groups for tensor in group]
+        tensors: list[Tensor | None] = []
+        for update, mask in zip(updates, masks or [None] * len(updates), strict=True):
+            own = _two_matrices(operation, update) if linear else update
+            tensors += [*(None if tensor is None else tensor.to(weight.dtype) for tensor in own), mask]
         function = _JoinedLinear if linear else _JoinedConvolution
-        return function.apply(operation, recompute, x, weight, bias, *tensors)
+        return function.apply(operation, recompute, summed, x, weight, bias, *tensors)
 
 
-def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor]:
-    """A linear update as `(d_in, r)` and `(d_out, r)`, the core in the smaller of them."""
+def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor | None]:
+    """A linear update as `(d_in, r)` and `(d_out, r)`, the core in the smaller of them; or as `(d_in, d_out)`."""
     entering, kernel, leaving = update
     kernel = kernel if operation.input_mode == 1 else kernel.mT  # (output, input)
-    if leaving is None and entering is None:
-        leaving = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     if entering is None:
         return kernel.mT, leaving
     if leaving is None:
@@ -70,7 +80,7 @@ def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor]:
 
 
 def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `joined` computes this: no groups or unusual padding, plain frozen tensors, no functional transform.
+    """Whether `joined` computes this: no unusual padding, plain frozen tensors, no functional transform.
 
     A compiler sees through the separate operations and joins them by itself.
     """
@@ -79,9 +89,9 @@ def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | Non
     if isinstance(operation, Linear):
         plain = True
     elif isinstance(operation, Conv):
-        plain = operation.groups == 1 and operation.padding_mode == "zeros" and not isinstance(operation.padding, str)
+        plain = operation.padding_mode == "zeros" and not isinstance(operation.padding, str)
     else:
-        plain = isinstance(operation, ConvTranspose) and operation.groups == 1
+        plain = isinstance(operation, ConvTranspose)
     dimensions = 0 if isinstance(operation, Linear) else len(operation.stride) + 2
     return (
         plain
@@ -104,18 +114,31 @@ class _JoinedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operation: Linear, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        operation: Linear,
+        recompute: bool,
+        summed: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
         given = x.to(weight.dtype)
-        y = operation.apply(given, weight, bias).contiguous()
+        updates = _groups(tensors, 3)
+        y = operation.apply(given, _sum_of_linear(operation, weight, updates) if summed else weight, bias).contiguous()
         rows = given.reshape(-1, given.shape[-1])
         kept = []
-        for first, second in _groups(tensors, 2):
-            h = first.mT @ rows.mT  # (r, positions)
-            y.view(-1, y.shape[-1]).addmm_(h.mT, second.mT)
-            kept.append(h)
-        ctx.operation, ctx.recompute = operation, recompute
-        ctx.save_for_backward(x, weight, *tensors, *(() if recompute else kept))
+        for first, second, mask in updates:
+            if summed and mask is None:
+                continue
+            h = first.mT @ _masked(rows, mask).mT  # (r, positions)
+            if second is None:
+                y.view(-1, y.shape[-1]).add_(h.mT)
+            else:
+                y.view(-1, y.shape[-1]).addmm_(h.mT, second.mT)
+            kept.append(None if second is None else h)
+        ctx.operation, ctx.recompute, ctx.summed = operation, recompute or summed, summed
+        ctx.save_for_backward(x, weight, *tensors, *(() if ctx.recompute else kept))
         # What a linear layer returns can be a view of a temporary, in which nobody could then write.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -123,74 +146,130 @@ class _JoinedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         # Every step of it is an operation that autograd records, so that it can be differentiated again.
         operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
-        tensors, kept = _and_kept(tensors, ctx.recompute, 2)
-        needs_x = ctx.needs_input_grad[2]
+        tensors, kept = _and_kept(tensors, ctx.recompute, 3)
+        updates, needs_x = _groups(tensors, 3), ctx.needs_input_grad[3]
         with torch.autocast(x.device.type, enabled=False):
             rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
             gradient = gradient.reshape(-1, gradient.shape[-1])
+            if ctx.summed and needs_x:
+                weight = _sum_of_linear(operation, weight, updates)
             for_x = operation.input_gradient(gradient, rows, weight) if needs_x else None
             results = []
-            for (first, second), h in zip(_groups(tensors, 2), kept, strict=True):
-                h = first.mT @ rows.mT if h is None else h
-                for_h = second.mT @ gradient.mT
-                results += [(for_h @ rows).mT, (h @ gradient).mT]
-                if needs_x:
+            for (first, second, mask), h in zip(updates, kept, strict=True):
+                seen_rows = _masked(rows, mask)
+                for_h, for_second = gradient.mT, None
+                if second is not None:
+                    for_second = (first.mT @ seen_rows.mT if h is None else h) @ gradient
+                    for_h = second.mT @ gradient.mT
+                results += [(for_h @ seen_rows).mT, None if for_second is None else for_second.mT, None]
+                if needs_x and mask is not None:
+                    for_x += _masked(for_h.mT @ first.mT, mask)
+                elif needs_x and not ctx.summed:
                     for_x.addmm_(for_h.mT, first.mT)
-        return (None, None, for_x.view(x.shape).to(x.dtype) if needs_x else None, None, None, *results)
+        return (None, None, None, for_x.view(x.shape).to(x.dtype) if needs_x else None, None, None, *results)
 
 
 class _JoinedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operation: Conv, recompute: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Any
+        ctx: Any,
+        operation: Conv,
+        recompute: bool,
+        summed: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Any,
     ) -> Tensor:
         given = x.to(weight.dtype)
-        y = operation.apply(given, weight, bias)
-        ctx.operation, ctx.recompute = operation, recompute
-        operation, given = _seen(operation, given, weight)
+        updates = _groups(tensors, 4)
+        y = operation.apply(given, _sum_of_convolution(operation, weight, updates) if summed else weight, bias)
+        ctx.operation, ctx.recompute, ctx.summed = operation, recompute or summed, summed
         kept = []
-        for entering, kernel, leaving in _groups(tensors, 3):
-            h = given if entering is None else _enter(given, entering)
+        outer, (operation, given) = operation, _seen(operation, given, weight)
+        for entering, kernel, leaving, mask in updates:
+            if summed and mask is None:
+                continue
+            h = _masked(given, mask if mask is None else seen(outer, mask, weight.shape)[1])
+            h = h if entering is None else _enter(h, entering)
             k = operation.apply(h, kernel)
             if leaving is None:
                 y += k
             else:
                 _add_product(y, k, leaving)
             # Of the two small intermediates one is kept, from which the other is soon made.
-            kept.append(k if entering is None else h)
-        ctx.save_for_backward(x, weight, *tensors, *(() if recompute else kept))
+            kept.append(h if entering is not None else k if leaving is not None else None)
+        ctx.save_for_backward(x, weight, *tensors, *(() if ctx.recompute else kept))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
-        tensors, kept = _and_kept(tensors, ctx.recompute, 3)
-        needs_x = ctx.needs_input_grad[2]
+        tensors, kept = _and_kept(tensors, ctx.recompute, 4)
+        updates, needs_x = _groups(tensors, 4), ctx.needs_input_grad[3]
         with torch.autocast(x.device.type, enabled=False):
             given = x.to(weight.dtype)
+            if ctx.summed and needs_x:
+                weight = _sum_of_convolution(operation, weight, updates)
             for_x = operation.input_gradient(gradient, given, weight) if needs_x else None
             target = seen(operation, for_x, weight.shape)[1] if needs_x else None
-            operation, given = _seen(operation, given, weight)
+            outer, (operation, given) = operation, _seen(operation, given, weight)
             results: list[Tensor | None] = []
-            for (entering, kernel, leaving), intermediate in zip(_groups(tensors, 3), kept, strict=True):
+            for (entering, kernel, leaving, mask), intermediate in zip(updates, kept, strict=True):
+                adds = needs_x and (mask is not None or not ctx.summed)
+                mask = mask if mask is None else seen(outer, mask, weight.shape)[1]
+                part = _masked(given, mask)
                 if entering is None:
-                    h, k = given, intermediate
+                    h, k = part, intermediate
                 else:
-                    h, k = _enter(given, entering) if intermediate is None else intermediate, None
+                    h, k = _enter(part, entering) if intermediate is None else intermediate, None
                 for_leaving, for_k = None, gradient
                 if leaving is not None:
                     for_leaving = _cross(gradient, operation.apply(h, kernel) if k is None else k)
                     for_k = _enter(gradient, leaving)
-                for_h, for_kernel = operation.gradients(for_k, h, kernel, needs_x or entering is not None)
-                for_entering = None
-                if entering is not None:
-                    for_entering = _cross(given, for_h)
-                    if needs_x:
-                        _add_product(target, for_h, entering)
-                elif needs_x:
-                    target += for_h
-                results += [for_entering, for_kernel, for_leaving]
-        return (None, None, for_x.to(x.dtype) if needs_x else None, None, None, *results)
+                for_h, for_kernel = operation.gradients(for_k, h, kernel, adds or entering is not None)
+                for_entering = None if entering is None else _cross(part, for_h)
+                if adds and entering is not None and mask is None:
+                    _add_product(target, for_h, entering)
+                elif adds:
+                    for_part = for_h if entering is None else pointwise(for_h, entering, for_h.ndim - 2)
+                    target += _masked(for_part, mask)
+                results += [for_entering, for_kernel, for_leaving, None]
+        return (None, None, None, for_x.to(x.dtype) if needs_x else None, None, None, *results)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask.view(x.shape)
+
+
+def _sum_of_linear(operation: Linear, weight: Tensor, updates: Sequence[tuple[Any, ...]]) -> Tensor:
+    for first, second, mask in updates:
+        if mask is not None:
+            continue
+        if second is None:
+            weight = weight + (first.mT if operation.output_mode == 0 else first)
+        else:
+            rows, columns = (second, first) if operation.output_mode == 0 else (first, second)
+            weight = torch.addmm(weight, rows, columns.mT)
+    return weight
+
+
+def _sum_of_convolution(operation: Conv, weight: Tensor, updates: Sequence[tuple[Any, ...]]) -> Tensor:
+    """W + dW in W's memory format, every dW added by one product of matrices."""
+    channels_last = _channels_last(weight)
+    total = weight.movedim(1, -1) if channels_last else weight.contiguous()
+    shape, total = total.shape, total.flatten(1)
+    for entering, kernel, leaving, mask in updates:
+        if mask is not None:
+            continue
+        first, second = (leaving, entering) if operation.output_mode == 0 else (entering, leaving)
+        columns = kernel.movedim(1, -1) if channels_last else kernel.flatten(2)
+        if second is not None:
+            columns = columns @ second.mT if channels_last else second @ columns
+        columns = columns.flatten(1)
+        total = total + columns if first is None else torch.addmm(total, first, columns)
+    total = total.view(shape)
+    return total.movedim(-1, 1) if channels_last else total
 
 
 def _seen(operation: Conv, x: Tensor, weight: Tensor) -> tuple[Conv, Tensor]:

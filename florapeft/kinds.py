@@ -94,18 +94,21 @@ class WeightLayer(FloraLayer):
                 return self.base_layer(x, *args, **kwargs)
         operation = self.operation(x, *args, **kwargs)
         routes = {name: self._choose_route(name, operation, x) for name in active}
-        summed = [name for name, route in routes.items() if route == "dense" and self._can_sum(name)]
-        others = [name for name in active if name not in summed]
-        base = self.get_base_layer()
-        if summed:
+        base, can_sum = self.get_base_layer(), [name for name in active if self._can_sum(name)]
+        if self._is_plain() and can_join(operation, x, base.weight, base.bias):
+            pays = contract.sum_pays(operation, self._shape, x) or "dense" in routes.values()
+            masks = [self._mask(name, x) for name in active]
+            parts = [split(operation, self.tucker(name), routes[name], self._masked_scale(name)) for name in active]
+            exact = all(name in can_sum or self._drops(name) for name in active)
+            way = {"recompute": self.recompute, "summed": pays and exact}
+            return joined(operation, x, base.weight, base.bias, parts, masks=masks, **way)
+        others = [name for name in active if name not in can_sum or routes[name] != "dense"]
+        if len(others) < len(active):
             weight = base.weight
-            for name in summed:
+            for name in active:
                 # The sum keeps the first operand's memory format: the base weight's.
-                weight = weight + self.get_delta_weight(name)
+                weight = weight if name in others else weight + self.get_delta_weight(name)
             result = operation.apply(x, weight, base.bias)
-        elif self._is_plain() and not any(map(self._drops, others)) and can_join(operation, x, base.weight, base.bias):
-            parts = [split(operation, self.tucker(name), routes[name], self.scaling[name]) for name in others]
-            return joined(operation, x, base.weight, base.bias, parts, recompute=self.recompute)
         else:
             result = self._base_result(x, *args, **kwargs)
         for name in others:
@@ -167,7 +170,18 @@ class WeightLayer(FloraLayer):
         """
         core = self.flora_core[name].weight
         exact = torch.promote_types(core.dtype, torch.float32)
-        return self._is_plain() and not self._drops(name) and self.base_layer.weight.dtype == exact
+        rounded = torch.is_autocast_enabled(core.device.type)
+        return self._is_plain() and not self._drops(name) and self.base_layer.weight.dtype == exact and not rounded
+
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """Which entries of the input this adapter's dropout keeps; None: all."""
+        if not self._drops(name):
+            return None
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.flora_dropout[name].p)
+
+    def _masked_scale(self, name: str) -> float:
+        """The adapter's scale, and dropout's for the entries that are kept."""
+        return self.scaling[name] / (1 - self.flora_dropout[name].p) if self._drops(name) else self.scaling[name]
 
     def _drops(self, name: str) -> bool:
         return self.training and isinstance(self.flora_dropout[name], nn.Dropout)

@@ -20,15 +20,19 @@ LAYERS = {
     "conv2d 1x1 strided": (lambda: nn.Conv2d(12, 10, 1, stride=(2, 3), bias=False), (2, 12, 5, 6)),
     "conv2d 1x1": (lambda: nn.Conv2d(12, 10, 1), (2, 12, 4, 4)),
     "conv3d": (lambda: nn.Conv3d(12, 10, (1, 2, 3), padding=1), (2, 12, 3, 4, 4)),
+    "conv2d grouped": (lambda: nn.Conv2d(12, 10, 3, stride=2, padding=1, groups=2), (2, 12, 7, 6)),
+    "conv2d depthwise": (lambda: nn.Conv2d(12, 12, (5, 7), padding=(2, 3), groups=12, bias=False), (2, 12, 6, 7)),
+    "conv transposed grouped": (lambda: nn.ConvTranspose1d(12, 10, 3, stride=2, groups=2), (2, 12, 5)),
     "conv transposed": (lambda: nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 3, 4)),
 }
+WAYS = {"kept": {}, "recomputed": {"recompute": True}, "summed": {"summed": True}}
 RANKS = [(3, 4), (10, 4), (3, 12), (10, 12)]  # output, input; whole modes have no factor
 
 
 def operation_of(module, x):
     if isinstance(module, nn.Linear):
         return Linear()
-    return ConvTranspose.of(module, x, None) if isinstance(module, nn.ConvTranspose2d) else Conv.of(module)
+    return ConvTranspose.of(module, x, None) if "Transpose" in type(module).__name__ else Conv.of(module)
 
 
 def build(name, rank, dtype=torch.float64, channels_last=False):
@@ -39,8 +43,8 @@ def build(name, rank, dtype=torch.float64, channels_last=False):
         module, x = module.to(memory_format=form), x.to(memory_format=form)
     operation = operation_of(module, x)
     r = [0] * module.weight.ndim
-    r[operation.output_mode], r[operation.input_mode] = rank
-    r = [n or min(2, d) for n, d in zip(r, module.weight.shape, strict=True)]
+    r[operation.output_mode], r[operation.input_mode] = rank  # capped, where there are groups
+    r = [min(n or 2, d) for n, d in zip(r, module.weight.shape, strict=True)]
     factors = [
         torch.randn(d, n, dtype=dtype).requires_grad_() if n < d else None
         for d, n in zip(module.weight.shape, r, strict=True)
@@ -64,43 +68,62 @@ def both(module, operation, x, tuckers, route, **given):
 
 @pytest.mark.parametrize("name", LAYERS)
 class TestEqualsTheSeparateOperations:
-    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("rank", RANKS)
     @pytest.mark.parametrize("route", ROUTES)
-    def test_value_and_gradients(self, name, route, rank, recompute):
+    def test_value_and_gradients(self, name, route, rank, way):
         module, operation, x, tucker = build(name, rank)
-        mine, reference = both(module, operation, x, [tucker], route, recompute=recompute)
+        mine, reference = both(module, operation, x, [tucker], route, **WAYS[way])
         assert_close(mine, reference)
 
-    def test_two_updates(self, name):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_two_updates(self, name, way):
         module, operation, x, tucker = build(name, (3, 4))
-        mine, reference = both(module, operation, x, [tucker, build(name, (2, 12))[3]], "factored")
+        mine, reference = both(module, operation, x, [tucker, build(name, (2, 12))[3]], "factored", **WAYS[way])
         assert_close(mine, reference)
 
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("rank", RANKS)
+    def test_masks(self, name, rank, way):
+        module, operation, x, tucker = build(name, rank)
+        mask, parts = torch.rand_like(x) < 0.7, [split(operation, tucker, "factored", 0.5)] * 2
+        inputs = [x, *(t for t in (tucker.core, *tucker.factors) if t is not None)]
+        results = []
+        for y in (
+            joined.joined(operation, x, module.weight, module.bias, parts, masks=[mask, None], **WAYS[way]),
+            module(x) + sum(contract(operation, tucker, given, scale=0.5) for given in (x * mask, x)),
+        ):
+            (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+            results.append((y, gradient, torch.autograd.grad(gradient.square().sum() + y.square().sum(), inputs)))
+        assert_close(*results)
+
+    @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_channels_last_and_dtypes(self, name, dtype):
+    def test_channels_last_and_dtypes(self, name, dtype, way):
         module, operation, x, tucker = build(name, (3, 4), dtype, channels_last=LAYERS[name][1].__len__() > 3)
-        mine, reference = both(module, operation, x, [tucker], "factored")
+        mine, reference = both(module, operation, x, [tucker], "factored", **WAYS[way])
         for a, b in zip((mine[0], *mine[1]), (reference[0], *reference[1]), strict=True):
             assert (a - b).abs().max() <= b.abs().max() * (0.05 if dtype == torch.bfloat16 else 1e-5)
         assert mine[0].dtype == dtype
         assert mine[0].stride() == module(x).stride()
 
-    def test_double_backward(self, name):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_double_backward(self, name, way):
         module, operation, x, tucker = build(name, (3, 4))
-        results = []
+        parts, results = [split(operation, tucker, "factored", 1.0)], []
         for y in (
-            joined.joined(operation, x, module.weight, module.bias, [split(operation, tucker, "factored", 1.0)]),
+            joined.joined(operation, x, module.weight, module.bias, parts, **WAYS[way]),
             module(x) + contract(operation, tucker, x, route="factored"),
         ):
             (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
             results.append(torch.autograd.grad(gradient.square().sum(), [x, tucker.core]))
         assert_close(results[0], results[1])
 
-    def test_without_a_gradient_of_the_input(self, name):
+    @pytest.mark.parametrize("way", WAYS)
+    def test_without_a_gradient_of_the_input(self, name, way):
         module, operation, x, tucker = build(name, (3, 4))
         parts = [split(operation, tucker, "factored", 1.0)]
-        joined.joined(operation, x.detach(), module.weight, module.bias, parts).sin().sum().backward()
+        joined.joined(operation, x.detach(), module.weight, module.bias, parts, **WAYS[way]).sin().sum().backward()
         mine, tucker.core.grad = tucker.core.grad, None
         (module(x) + contract(operation, tucker, x, route="factored")).sin().sum().backward()
         assert_close(mine, tucker.core.grad)
@@ -108,15 +131,18 @@ class TestEqualsTheSeparateOperations:
     def test_what_is_kept(self, name):
         module, operation, x, tucker = build(name, (3, 4))
         parts = [split(operation, tucker, "factored", 1.0)]
-        for recompute in (False, True):
+        for way, given in WAYS.items():
             kept = []
             with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
-                joined.joined(operation, x, module.weight, module.bias, parts, recompute=recompute)
+                joined.joined(operation, x, module.weight, module.bias, parts, **given)
             given = {t.data_ptr() for t in (x, module.weight, *(p for p in parts[0] if p is not None))}
             others = [t for t in kept if t.data_ptr() not in given]
+            if operation.groups > 1:  # one step: there is nothing between
+                assert not others
+                continue
             if isinstance(operation, Linear):  # the core is folded into a factor, which is kept in its place
                 others = [t for t in others if t.shape != (10, 4)]
-            assert len(others) == (0 if recompute else 1)
+            assert len(others) == (1 if way == "kept" else 0)
             assert all(t.numel() < x.numel() or t.shape[1] in (3, 4) or t.shape[-1] in (3, 4) for t in others)
 
     def test_the_output_can_be_written_to(self, name):
@@ -159,7 +185,7 @@ class TestIsTaken:
             (lambda: nn.Conv2d(6, 5, 3), (6, 4, 4), False),  # without a batch
             (lambda: nn.Conv2d(6, 5, 3, padding="same"), (2, 6, 4, 4), False),
             (lambda: nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), (2, 6, 4, 4), False),
-            (lambda: nn.Conv2d(6, 6, 3, groups=2), (2, 6, 4, 4), False),
+            (lambda: nn.Conv2d(6, 6, 3, groups=2), (2, 6, 4, 4), True),
         ],
     )
     def test_by_kind(self, layer, shape, taken):
@@ -167,21 +193,32 @@ class TestIsTaken:
         adapted(torch.randn(shape))
         assert bool(self.calls) == taken
 
-    def test_not_with_dropout_hooks_or_a_trained_base(self):
-        for change in ("dropout", "hook", "bias", "weight"):
-            model, layer = attach(nn.Linear(6, 5), flora_dropout=0.1 if change == "dropout" else 0.0)
+    def test_not_with_hooks_or_a_trained_base(self):
+        for change in ("hook", "bias", "weight"):
+            model, layer = attach(nn.Linear(6, 5))
             base = layer.get_base_layer()
             if change == "hook":
                 base.register_forward_hook(lambda *args: None)
-            if change in ("bias", "weight"):
+            else:
                 getattr(base, change).requires_grad_(True)
             model.train()
             layer(torch.randn(2, 6)).sum().backward()
             assert not self.calls, change
             assert (base.weight.grad is not None) == (change == "weight")
-            model.eval()
-        attach(nn.Linear(6, 5), flora_dropout=0.1)[0].eval().base_model.model["layer"](torch.randn(2, 6))
+
+    @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(6, 5), (2, 6)), (nn.Conv2d(6, 5, 3), (2, 6, 4, 4))])
+    def test_dropout_keeps_a_mask_and_no_second_input(self, module, shape):
+        model, layer = attach(module, flora_dropout=0.4, init_weights=False)
+        model.base_model.set_recompute(True)
+        model.train()
+        x, kept = torch.randn(shape), []
+        torch.manual_seed(3)
+        expected = layer.base_layer(x) + layer._update("default", layer.operation(x), x, "factored")
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            assert_close(layer(x), expected)
         assert self.calls
+        assert [t.dtype for t in kept if t.shape == shape and t.data_ptr() != x.data_ptr()] == [torch.bool]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_under_autocast(self, dtype):
@@ -202,11 +239,11 @@ def test_set_recompute_reaches_every_layer():
         nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), FloraConfig(r=3, target_modules="all-weights")
     )
     model.base_model.set_route("factored")
-    x, kept = torch.randn(7, 6), []
+    x, kept = torch.randn(2, 6), []
     for recompute in (False, True):
         model.base_model.set_recompute(recompute)
         shapes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):  # noqa: B023
             model(x)
-        kept.append(shapes.count((3, 7)))
+        kept.append(shapes.count((3, 2)))
     assert kept == [2, 0]
