@@ -264,9 +264,12 @@ def _sum_of_convolution(operation: Conv, weight: Tensor, updates: Sequence[tuple
             continue
         first, second = (leaving, entering) if operation.output_mode == 0 else (entering, leaving)
         columns = kernel.movedim(1, -1) if channels_last else kernel.flatten(2)
-        if second is not None:
-            columns = columns @ second.mT if channels_last else second @ columns
-        columns = columns.flatten(1)
+        # Not by `@` over three axes, which rounds otherwise where no gradient is wanted: a reloaded adapter's must be equal.
+        if second is not None and channels_last:
+            columns = columns.reshape(-1, columns.shape[-1]) @ second.mT
+        elif second is not None:
+            columns = torch.bmm(second.expand(len(columns), *second.shape), columns)
+        columns = columns.reshape(len(kernel), -1)
         total = total + columns if first is None else torch.addmm(total, first, columns)
     total = total.view(shape)
     return total.movedim(-1, 1) if channels_last else total
