@@ -10,11 +10,12 @@ from importlib.metadata import version
 
 from florapeft._register import register
 from florapeft.config import FloraConfig
+from florapeft.extraction import extract
 from florapeft.layer import FloraLayer
 from florapeft.model import FloraModel
 from florapeft.tucker import Tucker, hooi, hosvd
 
 __version__ = version("florapeft")
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "Tucker", "hooi", "hosvd"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "Tucker", "extract", "hooi", "hosvd"]
 
 register()
