@@ -34,6 +34,7 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/architectures.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/plan_memory.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove .venv, build output and caches; results and adapters stay

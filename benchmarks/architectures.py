@@ -25,9 +25,8 @@ from tiny_models import MODELS, UNUSED
 from torch import Tensor, nn
 
 from florapeft import FloraConfig
-from florapeft.kinds import adapted_kind
-from florapeft.support import why_not
-from florapeft.targets import Target, find_targets, task_heads
+from florapeft.planning import kind_of, left_out
+from florapeft.targets import Target, find_targets
 
 RANK = 2
 STEPS, RATE = 4, 1e-2
@@ -94,7 +93,7 @@ def examine(name: str) -> dict[str, Any]:
     with torch.no_grad():
         before = outputs(model, inputs)
     config = FloraConfig(r=RANK, target_modules="all-weights")
-    row |= describe(model, find_targets(model, config))
+    row |= describe(model, find_targets(model, config), config)
     adapted = peft.get_peft_model(model, config)
     row["adapter_parameters"] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     checks = row["checks"] = {}
@@ -150,48 +149,17 @@ def train(model: nn.Module, inputs: dict[str, Any], unused: str) -> str | None:
     return None if losses[-1] < losses[0] else f"the loss went from {losses[0]:.4g} to {losses[-1]:.4g}"
 
 
-def describe(model: nn.Module, targets: list[Target]) -> dict[str, Any]:
+def describe(model: nn.Module, targets: list[Target], config: FloraConfig) -> dict[str, Any]:
     """How many weights of each kind and order are adapted, and how many are left out, by reason."""
     modules = dict(model.named_modules())
-    kinds = Counter((len(target.shape), _kind(modules[target.module])) for target in targets)
+    kinds = Counter((len(target.shape), kind_of(modules[target.module])) for target in targets)
     left: dict[str, list[str]] = {}
-    for name, reason in left_out(model, modules, targets).items():
+    for name, reason in left_out(model, targets, config).items():
         left.setdefault(reason, []).append(name)
     return {
         "adapted": [{"order": order, "kind": kind, "count": kinds[order, kind]} for order, kind in sorted(kinds)],
         "left_out": [{"reason": reason, "count": len(names), "example": names[0]} for reason, names in left.items()],
     }
-
-
-def _kind(module: nn.Module) -> str:
-    """The kind of layer, or the class of a module that is none and has parameters of its own adapted."""
-    found = adapted_kind(module)
-    return type(module).__name__ if found is None else found[0].__name__
-
-
-def left_out(model: nn.Module, modules: dict[str, nn.Module], targets: list[Target]) -> dict[str, str]:
-    """The layers, and the parameters of modules that are no layers, which no target stands for, each with the reason.
-
-    Those with a weight of order two or more: the scales and shifts of norms have nothing to decompose.
-    """
-    adapted = {f"{target.module}.{target.weight}" for target in targets}
-    heads = tuple(f"{head}." for head in task_heads(model))
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name in adapted:
-            continue
-        # Parametrized, as under weight norm, a layer's weight is computed from parameters in a module inside it.
-        owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-        if output is not None and parameter is output.weight:
-            found[owner] = "output embedding, or tied to it"
-        elif name.startswith(heads):
-            found[owner] = "head"
-        elif adapted_kind(modules[owner]) is None:
-            found[name] = f"parameter of {type(modules[owner]).__name__} itself"
-        else:
-            found[owner] = why_not(owner, modules[owner], model) or "its weight has other names too"
-    return found
 
 
 def problems(row: dict[str, Any]) -> dict[str, str]:

@@ -6,12 +6,13 @@ import gc
 import random
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from florapeft import planning
 
 Step = Callable[[], None]
 Clock = Callable[[], float]
@@ -81,36 +82,8 @@ def timed(step: Step, clock: Clock = time.perf_counter) -> float:
 def saved_bytes(
     model: nn.Module, loss: Callable[[nn.Module], torch.Tensor], inputs_of: Iterable[nn.Module] = ()
 ) -> int:
-    """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted.
-
-    Args:
-        model: the model.
-        loss: what is computed with it.
-        inputs_of: modules whose inputs count as kept, too.
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # weak: what is computed and let go within the forward is not kept
-
-    def pack(tensor: torch.Tensor) -> _Kept:
-        kept.add(holder := _Kept(tensor))
-        return holder
-
-    inputs: list[_Kept] = []
-    handles = [m.register_forward_pre_hook(lambda _, given: inputs.extend(map(pack, given))) for m in inputs_of]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        value = loss(model)
-    for handle in handles:
-        handle.remove()
-    storages = {s.data_ptr(): s.nbytes() for s in (holder.tensor.untyped_storage() for holder in kept)}
-    del value
-    return sum(size for address, size in storages.items() if address not in own)
-
-
-class _Kept:
-    """A tensor that a graph holds, which lives as long as its place in the graph."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()  # lest it holds the graph that holds this
+    """Bytes that autograd keeps between forward and backward pass; see `florapeft.planning.saved_bytes`."""
+    return planning.saved_bytes(model, lambda: loss(model), inputs_of)
 
 
 def peak_bytes(step: Step) -> int:

@@ -162,6 +162,22 @@ def experts() -> str:
     return f"{_table(header, rows)}\n\n{caption}"
 
 
+def plan_memory() -> str:
+    """Memory of a training step as planned and as measured."""
+    rows = [
+        (
+            name,
+            *(f"{row['planned'][part] / 1e6:.1f}" for part in ("weights", "gradients", "optimizer", "activations")),
+            f"{row['planned']['total'] / 1e6:.1f}",
+            f"{row['measured'] / 1e6:.1f}",
+            f"{row['error']:+.1%}",
+        )
+        for name, row in _read("plan_memory")["networks"].items()
+    ]
+    parts = ("weights", "gradients", "AdamW", "activations", "planned, MB", "measured, MB", "error")
+    return _table(("network", *parts), rows)
+
+
 def _left_out(left: dict[str, Any]) -> str:
     example = ".".join(left["example"].split(".")[-2:])
     return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
@@ -174,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts": experts,
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
+    "plan-memory": plan_memory,
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
     **{name: lambda build=build: _table(*build()) for name, build in performance.TABLES.items()},

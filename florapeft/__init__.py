@@ -13,9 +13,10 @@ from florapeft.config import FloraConfig
 from florapeft.extraction import extract
 from florapeft.layer import FloraLayer
 from florapeft.model import FloraModel
+from florapeft.planning import plan
 from florapeft.tucker import Tucker, hooi, hosvd
 
 __version__ = version("florapeft")
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "Tucker", "extract", "hooi", "hosvd"]
+__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "Tucker", "extract", "hooi", "hosvd", "plan"]
 
 register()

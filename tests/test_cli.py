@@ -406,3 +406,34 @@ def test_torchrun_with_two_processes(jobs, tmp_path):
     assert record["validation"]["loss"] == pytest.approx(0.693, abs=0.05)  # not twice that: see classification_loss
     assert len({path.name.split(".")[-2] for path in (tmp_path / "o" / "logs").iterdir()}) == 1  # one process wrote
     assert json.loads(flora("eval", tmp_path / "o", "--json")[0])["accuracy"] == record["validation"]["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["image", "text", "causal"])
+def test_plan_needs_no_weights(tiny, tmp_path, kind):
+    config = (tiny / kind / "model" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    stdout, _ = flora("plan", tmp_path, "--budget", "5%", "--json")
+    record = json.loads(stdout)
+    limit = 0.05 * record["base_parameters"]
+    assert record["layers"]
+    assert 0.9 * limit < record["parameters"] <= limit
+    stdout, _ = flora("plan", tmp_path, "--r", "2", "--targets", "all-linear" if kind != "image" else "all-weights")
+    assert "parameters in" in stdout
+    assert "memory of training before activations" in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["/nowhere"], 1, "error: model folder not found: /nowhere"),
+        ([".", "--budget", "1%"], 1, "error: cannot read the config of model '.'"),
+        ([".", "--budget", "many"], 2, "'many' is neither a count nor a share such as 0.5%"),
+        (["MODEL", "--budget", "0"], 1, "error: budget as a count must be at least 1, got 0"),
+        (["MODEL", "--budget", "120%"], 1, "error: budget as a share of the base model must be between 0 and 1"),
+        (["MODEL", "--budget", "1%", "--r", "4"], 1, "error: budget=0.01 and r=4 contradict each other"),
+        (["MODEL", "--targets", "nothing"], 1, "not found in the base model"),
+    ],
+)
+def test_plan_bad_input(tiny, arguments, code, message):
+    _, stderr = flora("plan", *[tiny / "text" / "model" if a == "MODEL" else a for a in arguments], code=code)
+    assert message in " ".join(stderr.replace("│", " ").split())

@@ -6,6 +6,7 @@ import typer
 
 from florapeft.cli.eval import evaluate
 from florapeft.cli.merge import merge
+from florapeft.cli.plan import plan
 from florapeft.cli.train import train
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("merge")(merge)
+app.command("plan")(plan)
 
 
 def _version(asked: bool) -> None:

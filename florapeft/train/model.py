@@ -46,6 +46,24 @@ def load_base(task: str, model: str, labels: list[str] | None) -> transformers.P
         raise ValueError(f"cannot load model '{model}' for {task}: {' '.join(str(error).split())}") from error
 
 
+def load_skeleton(model: str) -> transformers.PreTrainedModel:
+    """A model of the class and sizes that a hub id's or a local folder's config says, on the meta device: no weights.
+
+    Raises:
+        ValueError, OSError: not found, or not a config of transformers; one line that names it.
+    """
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise FileNotFoundError(f"model folder not found: {model}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(Path(model).expanduser()))
+        known = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+        with torch.device("meta"):
+            skeleton = known[0](config) if known else transformers.AutoModel.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the config of model '{model}': {' '.join(str(error).split())}") from error
+    return skeleton.to(getattr(config, "dtype", None) or torch.float32)
+
+
 def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
     """Attaches FLoRA with the job's `adapter` fields; a classifier's head is trained in full and saved along."""
     fields = {"target_modules": "all-weights", **job.adapter}

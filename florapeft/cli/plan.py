@@ -1,0 +1,59 @@
+"""`flora plan`: what an adapter of a model would be, from the model's config alone."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from florapeft.cli._output import DebugFlag, JsonFlag, reporting
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the model; only its config is read.")],
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Adapter parameters: a count, or a share of the model's such as 0.5%."),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of every channel mode, where there is no budget.")] = None,
+    kernel_r: Annotated[int | None, typer.Option("--kernel-r", help="Rank of every kernel mode.")] = None,
+    targets: Annotated[
+        str, typer.Option("--targets", help="all-weights, all-linear, or names with commas between them.")
+    ] = "all-weights",
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Show which weights would be adapted, at which ranks, and what that costs; no weights are loaded.
+
+    \b
+    Examples:
+      flora plan facebook/convnextv2-base-22k-224 --budget 0.5%
+      flora plan ./my-model --r 16 --targets q_proj,v_proj --json
+    """
+    share = None if budget is None else parse_budget(budget)
+    with reporting(as_json, debug) as output:
+        from florapeft import FloraConfig
+        from florapeft.planning import plan as plan_adapter
+        from florapeft.train.model import load_skeleton
+
+        ranks: dict[str, Any] = {"budget": share, "kernel_r": kernel_r}
+        if r is not None:
+            ranks["r"] = r
+        chosen = targets if targets in ("all-weights", "all-linear") else targets.split(",")
+        found = plan_adapter(load_skeleton(model), FloraConfig(target_modules=chosen, **ranks))
+        output.result(found.to_dict(), lambda console, _: _show(console, str(found)))
+
+
+def parse_budget(text: str) -> int | float:
+    """`"0.5%"` and `"0.005"` → 0.005; `"20000"` and `"20_000"` → 20000."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"'{text}' is neither a count nor a share such as 0.5%", param_hint="--budget"
+        ) from None
+
+
+def _show(console: Console, table: str) -> None:
+    console.print(table, markup=False, soft_wrap=True)
