@@ -264,7 +264,7 @@ def _sum_of_convolution(operation: Conv, weight: Tensor, updates: Sequence[tuple
             continue
         first, second = (leaving, entering) if operation.output_mode == 0 else (entering, leaving)
         columns = kernel.movedim(1, -1) if channels_last else kernel.flatten(2)
-        # Not by `@` over three axes, which rounds otherwise where no gradient is wanted: a reloaded adapter's must be equal.
+        # Not by `@` over three axes: without gradients it rounds otherwise, and a reloaded adapter must be equal.
         if second is not None and channels_last:
             columns = columns.reshape(-1, columns.shape[-1]) @ second.mT
         elif second is not None:

@@ -170,7 +170,8 @@ class WeightLayer(FloraLayer):
         """
         core = self.flora_core[name].weight
         exact = torch.promote_types(core.dtype, torch.float32)
-        rounded = torch.is_autocast_enabled(core.device.type)
+        device = core.device.type
+        rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
         return self._is_plain() and not self._drops(name) and self.base_layer.weight.dtype == exact and not rounded
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:

@@ -74,7 +74,8 @@ class TestPlan:
         assert memory.weights == sum({id(t): t.nbytes for t in (*adapted.parameters(), *adapted.buffers())}.values())
         assert memory.gradients == sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
         assert memory.optimizer == 2 * memory.gradients
-        assert memory.activations == saved_bytes(adapted, lambda: adapted.train()(**INPUTS))
+        # A few tensors that are views with values are copies without.
+        assert memory.activations == pytest.approx(saved_bytes(adapted, lambda: adapted.train()(**INPUTS)), rel=1e-3)
 
     @pytest.mark.parametrize("inputs", [torch.randn(2, 4), (torch.randn(2, 4),), {"input": torch.randn(2, 4)}])
     def test_kinds_of_inputs(self, inputs):
