@@ -355,7 +355,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == 'error: typer is not installed; this needs: pip install "florapeft[cli]"\n'
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "merge"])
+@pytest.mark.parametrize("command", ["train", "eval", "merge", "report"])
 def test_help_shows_an_example(command):
     stdout, _ = flora(command, "--help")
     assert f"\n    flora {command} " in stdout

@@ -13,6 +13,8 @@ _EXTRAS = {
     "sklearn": "train",
     "PIL": "train",
     "tensorboard": "train",
+    "jinja2": "report",
+    "matplotlib": "report",
 }
 
 

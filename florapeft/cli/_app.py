@@ -7,6 +7,7 @@ import typer
 from florapeft.cli.eval import evaluate
 from florapeft.cli.merge import merge
 from florapeft.cli.plan import plan
+from florapeft.cli.report import report
 from florapeft.cli.train import train
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("merge")(merge)
 app.command("plan")(plan)
+app.command("report")(report)
 
 
 def _version(asked: bool) -> None:

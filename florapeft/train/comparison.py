@@ -141,7 +141,7 @@ def _run_one(method: str, seed: int, task: DigitsTask, settings: Settings, callb
     transformers.set_seed(seed)  # the same new head for every method
     model = attach(method, load_network(str(builtin_model_path()), task.labels), settings.adapter)
     started = time.perf_counter()
-    _train(model, method, seed, task, settings, callbacks)
+    losses = _train(model, method, seed, task, settings, callbacks)
     seconds = time.perf_counter() - started
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     run = {
@@ -149,6 +149,7 @@ def _run_one(method: str, seed: int, task: DigitsTask, settings: Settings, callb
         "accuracy": accuracy(model, task.test),
         "validation_accuracy": accuracy(model, task.validation),
         "seconds": seconds,
+        "losses": losses,
         **_count(method, model),
         "bytes": len(safetensors.torch.save({name: p.detach().contiguous() for name, p in trained.items()})),
     }
@@ -178,7 +179,10 @@ def attach(method: str, base: transformers.PreTrainedModel, adapter: dict[str, A
     return base
 
 
-def _train(model: nn.Module, method: str, seed: int, task: DigitsTask, settings: Settings, callbacks: list) -> None:
+def _train(
+    model: nn.Module, method: str, seed: int, task: DigitsTask, settings: Settings, callbacks: list
+) -> list[tuple[int, float]]:
+    """Trains in place; returns steps and the mean losses since the step before."""
     fields = dict(BUILTIN_SETTINGS["train"])
     fields["learning_rate"] = fields["learning_rate"][method]
     arguments = transformers.TrainingArguments(
@@ -198,6 +202,7 @@ def _train(model: nn.Module, method: str, seed: int, task: DigitsTask, settings:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     Path(arguments.output_dir).rmdir()
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _count(method: str, model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,94 @@
+"""What an update does to its weight, in numbers: from core and factors, never from dW itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from florapeft.tucker import Tucker, mode_energies, multi_mode_dot, orthonormalize, unfold
+
+SHARES = (0.90, 0.95, 0.99)  # of the energy, for which the ranks that keep them are given
+STRONGEST = 4  # output filters that are shown
+
+
+class Filter(NamedTuple):
+    """What an update adds to one output channel of a convolution.
+
+    Attributes:
+        index: the channel.
+        norm: of its slice of dW.
+        pattern: shape `(*kernel)`; the slice's leading spatial pattern, signed as the mean over input channels is. Its
+            norm, times the root of their number, is the leading singular value; of one input channel it is the slice.
+    """
+
+    index: int
+    norm: float
+    pattern: Tensor
+
+
+class Measures(NamedTuple):
+    """Numbers of one update dW.
+
+    Attributes:
+        norm: ‖dW‖, Frobenius.
+        spectra: by mode, the singular values of dW's unfolding that may not be zero, descending; none for a vector.
+        taps: shape `(*kernel)`, root mean square of dW over both channel modes; None for what is no convolution.
+        filters: the strongest output filters, strongest first; empty where the output mode is not known.
+    """
+
+    norm: float
+    spectra: tuple[Tensor, ...]
+    taps: Tensor | None
+    filters: tuple[Filter, ...]
+
+
+def measure(tucker: Tucker, *, has_kernel: bool, output_mode: int | None) -> Measures:
+    """Measures `dW = tucker`, its scale included, in float64.
+
+    Args:
+        tucker: the update.
+        has_kernel: whether modes 2 and up are a convolution's kernel.
+        output_mode: the convolution's output mode, if known.
+    """
+    factors = tuple(None if f is None else f.double() for f in tucker.factors)
+    small = orthonormalize(Tucker(tucker.core.double(), factors))
+    order = small.core.ndim
+    spectra = () if order == 1 else tuple(mode_energies(small.core, mode).sqrt() for mode in range(order))
+    norm = small.core.norm().item()
+    if not has_kernel:
+        return Measures(norm, spectra, None, ())
+    kernels = multi_mode_dot(small.core, (None, None, *small.factors[2:]))  # (r_0, r_1, *kernel)
+    taps = (kernels.square().sum((0, 1)) / (tucker.shape[0] * tucker.shape[1])).sqrt()
+    return Measures(norm, spectra, taps, () if output_mode is None else _strongest(small, kernels, output_mode))
+
+
+def energy(spectrum: Tensor) -> Tensor:
+    """Share of ‖dW‖² that the first 1, 2, … singular values keep; zeros for an update of zero."""
+    squares = spectrum.square()
+    return squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def rank_at(spectrum: Tensor, share: float) -> int:
+    """How many singular values keep this share of the energy; 0 for an update of zero."""
+    if not spectrum.any():
+        return 0
+    return int((energy(spectrum) < share - 1e-12).sum()) + 1
+
+
+def _strongest(small: Tucker, kernels: Tensor, output_mode: int) -> tuple[Filter, ...]:
+    """The output channels whose slices of dW are largest; `kernels` is dW in the bases of its channel modes."""
+    rows = unfold(kernels, output_mode)
+    outputs, inputs = small.factors[output_mode], small.factors[1 - output_mode]
+    gram = rows @ rows.mT
+    squares = gram.diagonal() if outputs is None else ((outputs @ gram) * outputs).sum(1)
+    found = []
+    for index in squares.topk(min(STRONGEST, len(squares))).indices.tolist():
+        row = rows[index] if outputs is None else outputs[index] @ rows
+        left, values, right = torch.linalg.svd(row.reshape(kernels.shape[1 - output_mode], -1), full_matrices=False)
+        loading = left[:, 0] if inputs is None else inputs @ left[:, 0]
+        sign = -1.0 if loading.sum() < 0 else 1.0
+        pattern = sign * values[0] * right[0] / len(loading) ** 0.5
+        found.append(Filter(index, squares[index].clamp_min(0).sqrt().item(), pattern.reshape(kernels.shape[2:])))
+    return tuple(found)
