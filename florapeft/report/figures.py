@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -187,11 +187,11 @@ def curves(found: Sequence[Curve]) -> list[Drawing]:
 
 def _draw_curves(figure: Figure, colors: dict[str, str], found: Sequence[Curve]) -> None:
     axes = _axes(figure, colors, 34, 56, WIDTH - 46, 128)
-    names = list(dict.fromkeys(curve.label or curve.metric for curve in found))
+    role = _roles(curve.label or curve.metric for curve in found)
     for curve in found:
         name = curve.label or curve.metric
         marker = {"marker": "o", "markersize": 3} if len(curve.steps) <= 12 else {}
-        color = colors[SERIES[names.index(name) % len(SERIES)]]
+        color = colors[role[name]]
         axes.plot(curve.steps, curve.values, color=color, linewidth=1.5, label=name, **marker)
     metrics = {curve.metric for curve in found}
     axes.set_title(metrics.pop() if len(metrics) == 1 else "loss", loc="left", fontsize=11.5, color=colors["muted"])
@@ -222,8 +222,9 @@ def _draw_comparison(figure: Figure, colors: dict[str, str], metric: str, method
     axes = _axes(figure, colors, 112, 24, WIDTH - 126, 32 * len(methods))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=colors["line"], linewidth=0.8)
+    role = _roles(method.label for method in methods)
     for row, method in enumerate(methods):
-        color = colors[SERIES[0 if "flora" in method.label.lower() else 1]] if len(methods) > 1 else colors[SERIES[0]]
+        color = colors[role[method.label]]
         seeds = list(method.values.values()) or [method.mean]
         axes.plot(seeds, [row] * len(seeds), "o", color=color, markersize=5, alpha=0.55, clip_on=False)
         axes.plot([method.mean] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2, clip_on=False)
@@ -258,6 +259,12 @@ def _draw_network(figure: Figure, colors: dict[str, str], blocks: Sequence, wide
             color = "none" if step is None else colors[RAMP[step]]
             edge = colors["line"] if step is None else color
             axes.add_patch(matplotlib.patches.Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fc=color, ec=edge))
+
+
+def _roles(names: Iterable[str]) -> dict[str, str]:
+    """A colour by name, the same in every figure: the first for FLoRA, the others in their order."""
+    ordered = sorted(dict.fromkeys(names), key=lambda name: "flora" not in name.lower())
+    return {name: SERIES[place % len(SERIES)] for place, name in enumerate(ordered)}
 
 
 def _axes(figure: Figure, colors: dict[str, str], x: float, y: float, width: float, height: float) -> Axes:

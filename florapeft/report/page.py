@@ -185,9 +185,10 @@ def ramp(strengths: Sequence[float | None]) -> Callable[[float | None], int]:
 def details(layers: Sequence[Cell], say: Callable[[str], None]) -> dict[int, dict[str, Any]]:
     """The panel of every layer, by its number; most of the time that a page takes goes into their figures."""
     panels = {}
+    say(f"drawing {len(layers)} layers")
     for done, cell in enumerate(layers):
-        if done % 25 == 0:
-            say(f"drawing: {done} of {len(layers)} layers")
+        if done and done % 25 == 0:
+            say(f"{done} of {len(layers)} layers drawn")
         panels[cell.number] = detail(cell.part)
     return panels
 
