@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import flop_counter
 
 from florapeft import planning
 
@@ -77,6 +78,20 @@ def timed(step: Step, clock: Clock = time.perf_counter) -> float:
     taken = clock() - began
     gc.enable()
     return taken
+
+
+def flops(step: Step) -> int:
+    """Floating-point operations of one call: two for each multiply-add of its products and convolutions."""
+    product, batched = flop_counter.mm_flop, flop_counter.bmm_flop
+
+    def added(count: Callable[..., int]) -> Callable[..., int]:
+        return lambda _, a, b, *__, **___: count(a, b)
+
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: added(product), aten.baddbmm_: added(batched)}  # torch's own table lacks them
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def saved_bytes(

@@ -21,7 +21,7 @@ from networks import Network
 
 
 def examine(network: Network, methods: dict[str, Attached], repetitions: int, clock: measure.Clock) -> per_network.Rows:
-    """Seconds of attaching, merging, a training step and a forward pass; the latter two also as ratios."""
+    """Seconds of attaching, merging, a training step and a forward pass, these two also as ratios; a step's flops."""
     loss, rows = network.loss(), {name: {} for name in methods}
 
     def forward_of(model: torch.nn.Module) -> measure.Step:
@@ -42,6 +42,7 @@ def examine(network: Network, methods: dict[str, Attached], repetitions: int, cl
     compare("step", lambda model: measure.step_of(model.train(), loss))
     compare("forward", lambda model: forward_of(model.eval()))
     for name, attached in methods.items():
+        rows[name]["flops"] = measure.flops(measure.step_of(attached.model.train(), loss))
         merges = [attached.merge_seconds() for _ in range(min(3, repetitions))]
         rows[name]["merge_seconds"] = statistics.median(merges)
     return rows

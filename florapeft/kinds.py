@@ -120,11 +120,12 @@ class WeightLayer(FloraLayer):
         x = _repeated(x, count)
         check_samples(x, adapter_names)
         result = _repeated(self._base_result(x, *args, **kwargs), count)
+        updated, updates = [], []
         for name, rows in samples_of(adapter_names).items():
             if name not in self.flora_core:
                 continue
-            index = torch.tensor(rows, device=x.device)
             if self._own_forward:
+                index = torch.tensor(rows, device=x.device)
                 with self.updated([name]):
                     own = _repeated(self.base_layer(x, *args, **kwargs), count)
                 if len(own) != count:
@@ -134,11 +135,14 @@ class WeightLayer(FloraLayer):
                     )
                 result = result.index_copy(0, index, own[index])
                 continue
-            part = x[index]
+            part = _rows(x, rows)
             operation = self.operation(part, *args, **kwargs)
             update = self._update(name, operation, part, self._choose_route(name, operation, part, mixed=True))
-            result = result.index_add(0, index, update.to(result.dtype))
-        return result
+            updated, updates = [*updated, *rows], [*updates, update.to(result.dtype)]
+        if not updates:
+            return result
+        # One addition for all adapters, instead of one copy of the result for each.
+        return result.index_add(0, torch.tensor(updated, device=x.device), torch.cat(updates))
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -283,6 +287,13 @@ class Embedding(WeightLayer):
             update = update * dropout(torch.ones(x.shape, dtype=update.dtype, device=x.device)).unsqueeze(-1)
         embed_scale = self._get_embed_scale()
         return update if embed_scale is None else update * embed_scale.to(update.dtype)
+
+
+def _rows(batch: Tensor, rows: Sequence[int]) -> Tensor:
+    """These samples of the batch; a view of it where they lie together."""
+    first, count = rows[0], len(rows)
+    together = list(rows) == list(range(first, first + count))
+    return batch.narrow(0, first, count) if together else batch[torch.tensor(rows, device=batch.device)]
 
 
 def _repeated(batch: Tensor, count: int) -> Tensor:
