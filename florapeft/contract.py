@@ -20,7 +20,7 @@ small. `choose_route` picks by the estimated cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -266,10 +266,14 @@ def split(operation: Operation, tucker: Tucker, route: str, scale: float) -> Par
 def expand(tucker: Tucker, scale: float) -> Tensor:
     """`scale ·` the tensor that `tucker` stands for; autocast, whose rounding would stay in it, is off."""
     core, factors = tucker
-    device = core.device.type
-    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with exact:
+    with without_autocast(core.device.type):
         return multi_mode_dot(core if scale == 1.0 else core * scale, factors)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Autocast off, if it is on for this kind of device: to enter its context costs as much as a small operation."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def expand_exactly(tucker: Tucker, scale: float) -> Tensor:

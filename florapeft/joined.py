@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, pointwise, seen
+from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, pointwise, seen, without_autocast
 
 
 def joined(
@@ -56,7 +56,7 @@ def joined(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         linear = isinstance(operation, Linear)
         tensors: list[Tensor | None] = []
         for update, mask in zip(updates, masks or [None] * len(updates), strict=True):
@@ -148,7 +148,7 @@ class _JoinedLinear(torch.autograd.Function):
         operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
         tensors, kept = _and_kept(tensors, ctx.recompute, 3)
         updates, needs_x = _groups(tensors, 3), ctx.needs_input_grad[3]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
             gradient = gradient.reshape(-1, gradient.shape[-1])
             if ctx.summed and needs_x:
@@ -207,7 +207,7 @@ class _JoinedConvolution(torch.autograd.Function):
         operation, (x, weight, *tensors) = ctx.operation, ctx.saved_tensors
         tensors, kept = _and_kept(tensors, ctx.recompute, 4)
         updates, needs_x = _groups(tensors, 4), ctx.needs_input_grad[3]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             given = x.to(weight.dtype)
             if ctx.summed and needs_x:
                 weight = _sum_of_convolution(operation, weight, updates)

@@ -39,8 +39,12 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
         computed = [w for w in attention_weights(module) if not _is_parameter(module, w)]
         return f"its {computed[0]} is computed from other parameters (a parametrization)" if computed else None
     quantized = quantized_as(module)
+    if quantized is not None and quantized != "linear":
+        return "its weight is quantised, and it is no linear layer"
+    if quantized is not None and is_read(name, model):
+        return "its weight is quantised, and the module around it computes with it"
     if quantized is not None:
-        return None if quantized == "linear" else "its weight is quantised, and it is no linear layer"
+        return None
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (a parametrization)"
     if is_lazy(module.weight):

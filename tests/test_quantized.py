@@ -549,6 +549,26 @@ class TestTorchao:
             attach(net, target_modules=["0"])
 
 
+@every_backend
+def test_a_quantised_weight_that_the_module_around_reads_is_refused(name):
+    """As Mamba's projections are: W + dW would add to packed numbers."""
+
+    class Read(nn.Module):
+        def __init__(self, proj):
+            super().__init__()
+            self.proj = proj
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.proj.weight)
+
+    net = nn.Sequential(Read(build(name)[0]), nn.Linear(3, 3))
+    with pytest.raises(
+        ValueError, match=r"0.proj \(its weight is quantised, and the module around it computes with it\)"
+    ):
+        attach(net, target_modules=["proj"])
+    assert [n for n in attach(net, target_modules="all-weights").targeted_module_names] == ["1"]
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_unknown_quantisation_is_refused(dtype):
     net = nn.Sequential(nn.Linear(6, 8))
