@@ -566,7 +566,7 @@ def test_a_quantised_weight_that_the_module_around_reads_is_refused(name):
         ValueError, match=r"0.proj \(its weight is quantised, and the module around it computes with it\)"
     ):
         attach(net, target_modules=["proj"])
-    assert [n for n in attach(net, target_modules="all-weights").targeted_module_names] == ["1"]
+    assert attach(net, target_modules="all-weights").targeted_module_names == ["1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
