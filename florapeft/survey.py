@@ -49,7 +49,7 @@ def read_all(
         ValueError: a tensor is missing, of another shape, quantised, or not finite; or tied in one model alone.
     """
     of_target = {f"{target.module}.{target.weight}": target for target in targets}
-    groups = _tied(model)
+    groups = tied_names(model)
     places = _places(groups, set(kept.values()), weights, getattr(model, "base_model_prefix", ""))
     survey = Survey(places, {}, {}, [])
     for count, (name, aliases) in enumerate(groups.items()):
@@ -81,7 +81,7 @@ def read_all(
     return survey
 
 
-def _tied(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """The names in the model's state dict, those of one tied weight together under the first of them."""
     owners = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}

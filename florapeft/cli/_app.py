@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from florapeft.cli.eval import evaluate
+from florapeft.cli.extract import extract
 from florapeft.cli.merge import merge
 from florapeft.cli.plan import plan
 from florapeft.cli.report import report
@@ -23,6 +24,7 @@ app.command("eval")(evaluate)
 app.command("merge")(merge)
 app.command("plan")(plan)
 app.command("report")(report)
+app.command("extract")(extract)
 
 
 def _version(asked: bool) -> None:

@@ -45,6 +45,12 @@ class Output:
 
         return StepProgress(self.stderr, label)
 
+    def stages(self) -> Any:
+        """A function of stage, number done and number of all that shows how far a long computation is."""
+        from florapeft.cli._progress import StageProgress
+
+        return StageProgress(self.stderr)
+
     def result(self, record: dict[str, Any], show: Callable[[Console, dict[str, Any]], None]) -> None:
         """The results: as JSON if asked, else by `show`."""
         from florapeft.train.save import to_json

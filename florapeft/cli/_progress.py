@@ -1,4 +1,4 @@
-"""How far a training run is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a long job is: a bar on a terminal, a line now and then elsewhere."""
 
 import time
 from typing import Any
@@ -10,15 +10,64 @@ from transformers import TrainerCallback
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class StepProgress(TrainerCallback):
-    """Shows the optimizer steps of a run and its newest loss, then the batches of an evaluation."""
+class _Shown:
+    """A count on its way to a total."""
 
     def __init__(self, console: Console, label: str) -> None:
         self.console, self.label, self.loss = console, label, ""
         self.bar: Progress | None = None
+        self.last_line = time.monotonic()
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _start(self, label: str, total: int, done: int) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(label, total=total, completed=done, loss="")
+        self.bar.start()
+
+    def _show(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, loss=self.loss)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            self.console.print(f"{self.label}: {done} of {total} {self.loss}", markup=False)
+
+
+class StageProgress(_Shown):
+    """Shows the stages of a computation, one after the other; called with the stage, the number done and of all."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, "")
+
+    def __call__(self, stage: str, done: int, count: int) -> None:
+        if stage != self.label:
+            self.stop()
+            self.label = stage
+            self._start(stage, count, done)
+        self._show(done, count)
+        if done == count:
+            self.stop()
+
+
+class StepProgress(_Shown, TrainerCallback):
+    """Shows the optimizer steps of a run and its newest loss, then the batches of an evaluation."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        super().__init__(console, label)
         self.is_training = False
         self.measured = 0
-        self.last_line = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.is_training = True
@@ -50,29 +99,3 @@ class StepProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.is_training:
             self.stop()
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _start(self, label: str, total: int, done: int) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task(label, total=total, completed=done, loss="")
-        self.bar.start()
-
-    def _show(self, done: int, total: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, loss=self.loss)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.last_line > _SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            self.console.print(f"{self.label}: {done} of {total} {self.loss}", markup=False)

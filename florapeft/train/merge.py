@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from florapeft.train.evaluate import adapter_folder, read_job
+from florapeft.train.extract import RECORD_FILE as EXTRACTION_FILE
 from florapeft.train.model import load_base
 from florapeft.train.record import versions
 from florapeft.train.save import atomic_folder, to_json
@@ -104,6 +105,10 @@ def _load_base(folder: Path, config: dict[str, Any], name: str) -> transformers.
         from florapeft.train.comparison import load_network
 
         return load_network(name, job["labels"])
+    if (folder / EXTRACTION_FILE).is_file():
+        record = json.loads((folder / EXTRACTION_FILE).read_text(encoding="utf-8"))
+        if record.get("task"):
+            return load_base(record["task"], name, record.get("labels"))
     task = _TASK_BY_TYPE.get(config.get("task_type"))
     if task is not None:
         return load_base(task, name, None)
