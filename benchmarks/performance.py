@@ -41,6 +41,16 @@ def routes() -> Lines:
     return [name.removeprefix("FLoRA:") for name in header] + ["best", "FLoRA above it"], lines
 
 
+def arithmetic() -> Lines:
+    """Floating-point operations of a step relative to the frozen network's: what no implementation can do without."""
+    columns, lines = ("full", *OURS, *OTHERS), []
+    for network in _networks("speed"):
+        rows = _rows("speed", network)
+        frozen = rows["frozen"]["flops"]
+        lines.append([network, *("—" if "error" in rows[n] else f"{rows[n]['flops'] / frozen:.2f}" for n in columns)])
+    return ["network", *columns], lines
+
+
 def rivals() -> Lines:
     """FLoRA's step relative to that of those it is to beat."""
     lines = []
@@ -171,6 +181,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "speed-bars": bars,
     "speed-step": steps,
     "speed-rivals": rivals,
+    "speed-arithmetic": arithmetic,
     "speed-routes": routes,
     "speed-forward": forwards,
     "memory-saved": memory("saved"),

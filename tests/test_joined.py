@@ -22,6 +22,11 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(12, 10, (1, 2, 3), padding=1), (2, 12, 3, 4, 4)),
     "conv2d grouped": (lambda: nn.Conv2d(12, 10, 3, stride=2, padding=1, groups=2), (2, 12, 7, 6)),
     "conv2d depthwise": (lambda: nn.Conv2d(12, 12, (5, 7), padding=(2, 3), groups=12, bias=False), (2, 12, 6, 7)),
+    "conv2d depthwise strided": (
+        lambda: nn.Conv2d(12, 12, 5, stride=(2, 1), padding=3, dilation=(1, 2), groups=12),
+        (2, 12, 8, 7),
+    ),
+    "conv2d depthwise, large image": (lambda: nn.Conv2d(12, 12, 5, padding=2, groups=12), (1, 12, 5, 12)),
     "conv transposed grouped": (lambda: nn.ConvTranspose1d(12, 10, 3, stride=2, groups=2), (2, 12, 5)),
     "conv transposed": (lambda: nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 3, 4)),
 }
