@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import performance
-import situations
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,7 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-memory": plan_memory,
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
-    **{name: lambda build=build: _table(*build()) for name, build in (performance.TABLES | situations.TABLES).items()},
+    **{name: lambda build=build: _table(*build()) for name, build in performance.TABLES.items()},
 }
 
 
