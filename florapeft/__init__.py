@@ -11,12 +11,24 @@ from importlib.metadata import version
 from florapeft._register import register
 from florapeft.config import FloraConfig
 from florapeft.extraction import extract
+from florapeft.gradients import allocate, initialize_from_gradients
 from florapeft.layer import FloraLayer
 from florapeft.model import FloraModel
 from florapeft.planning import plan
 from florapeft.tucker import Tucker, hooi, hosvd
 
 __version__ = version("florapeft")
-__all__ = ["FloraConfig", "FloraLayer", "FloraModel", "Tucker", "extract", "hooi", "hosvd", "plan"]
+__all__ = [
+    "FloraConfig",
+    "FloraLayer",
+    "FloraModel",
+    "Tucker",
+    "allocate",
+    "extract",
+    "hooi",
+    "hosvd",
+    "initialize_from_gradients",
+    "plan",
+]
 
 register()

@@ -7,7 +7,7 @@ adapter's file does not have them. With `save_batch_norm`, each adapter has a se
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -133,39 +133,44 @@ def norms_with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def warn_when_trained(model: nn.Module) -> None:
     """Say once, at the first training step in train mode, that the model's batch norms move and are not saved."""
     norms = [module for _, module in norms_with_statistics(model)]
-    if any(_warnings_of(norm) for norm in norms):
-        return
-    warning = _Warning(len(norms))
-    warning.handles = [norm.register_forward_pre_hook(warning) for norm in norms]
+    if not any(_warnings_of(norm) for norm in norms):
+        warn_at_first_step(
+            norms,
+            f"{len(norms)} batch norms are in train mode: their running statistics change with training and are not "
+            "saved with the adapter. Set save_batch_norm=True, keep them in eval mode, or save the merged model",
+        )
 
 
-def forget_warning(model: nn.Module) -> None:
-    """Take back `warn_when_trained`, for a model that loses its adapters."""
-    for module in model.modules():
+def warn_at_first_step(modules: Iterable[nn.Module], message: str) -> None:
+    """Say this once, when the first of these modules is run in train mode and with gradients."""
+    warning = _Warning(message)
+    warning.handles = [module.register_forward_pre_hook(warning) for module in modules]
+
+
+def forget_warning(modules: Iterable[nn.Module]) -> None:
+    """Take back what these modules would say at the first step."""
+    for module in modules:
         for warning in _warnings_of(module):
             warning.remove()
 
 
 class _Warning:
-    """A hook of all batch norms of a model, which the first one to be trained takes off again.
+    """A hook of several modules, which the first one to be trained takes off again.
 
     Not in a compiled model, where it would break the graph.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, message: str) -> None:
+        self.message = message
         self.handles: list[RemovableHandle] = []
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        # Not where an adapter's own statistics stand in.
+        # Not where an adapter's own statistics stand in for a batch norm's.
         if module.training and torch.is_grad_enabled() and "running_mean" not in vars(module):
             self.remove()
-            logger.warning(
-                f"{self.count} batch norms are in train mode: their running statistics change with training and are "
-                "not saved with the adapter. Set save_batch_norm=True, keep them in eval mode, or save the merged model"
-            )
+            logger.warning(self.message)
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -12,7 +12,8 @@ from florapeft._peft_type import FLORA
 from florapeft.rank import validate_rank
 
 FORMAT_VERSION = 1
-STARTS = ("released", "variance", "zero_output")
+STARTS = ("released", "variance", "zero_output", "gradient")
+ALLOCATIONS = ("uniform", "spectrum")
 BIASES = ("none", "all", "flora_only")
 ALL_WEIGHTS = "all-weights"
 
@@ -33,13 +34,14 @@ class FloraConfig(PeftConfig):
             (float in (0, 1)); replaces `r`. Met from below, within 1% where the targets allow it. Heads and
             `modules_to_save` are not counted.
         allocation: how a budget is spread without data: "uniform" gives all modes of all targets the same share of
-            their size as rank, as nearly as the budget allows.
+            their size as rank, as nearly as the budget allows; "spectrum" is what `florapeft.allocate` does.
         ranks: resolved ranks, `{full module name: [r_0, …]}`. Written when a budget is solved; targets that are not
             listed are not adapted. Where it is set, `budget` is only a record.
         scale: the paper's s, a plain multiplier of the update (never divided by a rank).
         flora_dropout: probability of dropping an entry of the adapter's input while training.
         init_weights: True for the default start, an update of exactly zero; False for a random small update; or the
-            name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`).
+            name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`), or "gradient": the
+            default start until `florapeft.initialize_from_gradients` is called.
         target_modules: list of names or suffixes, a regular expression, "all-linear" or "all-weights"; None takes
             PEFT's table for models it knows.
         target_parameters: list of names or suffixes of bare parameters of any order: stacks of experts, norm gains,
@@ -114,6 +116,9 @@ class FloraConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
 
+    # Not a field: what `florapeft.allocate` hands to the adapter that is attached with this configuration next.
+    gradient_bases = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLORA
@@ -168,8 +173,8 @@ class FloraConfig(PeftConfig):
             validate_rank(rank, f"ranks[{name!r}]")
 
     def _validate_budget(self) -> None:
-        if self.allocation != "uniform":
-            raise ValueError(f"allocation must be 'uniform', got {self.allocation!r}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {list(ALLOCATIONS)}, got {self.allocation!r}")
         budget = self.budget
         if budget is None:
             return

@@ -13,17 +13,19 @@ sets the size of the first steps (Adam moves every entry that has a gradient by 
                   layer then has the spectral norm of LoRA's at alpha = r, ≈ lr · √(d_out r_out / 3), so that LoRA's
                   learning rates carry over at every width. Where the output mode is kept whole, there is no output
                   factor, and the core is zero instead.
+    gradient      core 0; factor n: the leading left singular vectors of the mode-n unfolding of the gradient, which is
+                  summed over some batches (`florapeft.initialize_from_gradients`). Until then as zero_output.
 
 The rows of an embedding's input factor are looked up one at a time, so they, not its columns, are given the size that a
 linear layer's `Uᵀx` has for an `x` of unit variance: orthonormal columns times `√num`.
-
 What starts zero must receive a gradient from what does not: each function leaves exactly one zero among the tensors
-that multiply. Starts that need data (bases from gradients) will come as functions beside these.
+that multiply.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def initialize(tucker: Tucker, start: bool | str, *, input_mode: int, output_mod
     """
     if tucker.core.is_meta:
         return
-    if start is True:
+    if start is True or start == "gradient":
         start = DEFAULT_START
     if start in ("released", "variance"):
         gain = math.sqrt(0.5) if start == "released" else 1.0
@@ -72,6 +74,15 @@ def initialize(tucker: Tucker, start: bool | str, *, input_mode: int, output_mod
         _orthonormal_(tucker.core.movedim(output_mode, 0))
         tucker.core.mul_(_LORA_GAIN)
         output_factor.zero_()
+
+
+@torch.no_grad()
+def start_from_bases(tucker: Tucker, bases: Sequence[Tensor | None]) -> None:
+    """Fill in place: core zero, factors these bases, `None` for whole modes."""
+    tucker.core.zero_()
+    for factor, basis in zip(tucker.factors, bases, strict=True):
+        if factor is not None:
+            factor.copy_(basis)
 
 
 _RANDOM_SIZE = 0.3

@@ -20,12 +20,14 @@ from florapeft.batch_norm import (
     forget_warning,
     has_statistics,
     norms_with_statistics,
+    warn_at_first_step,
     warn_when_trained,
 )
 from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
+from florapeft.init import start_from_bases
 from florapeft.kinds import WeightLayer
 from florapeft.layer import FloraLayer, FloraWrapper
 from florapeft.mixed import mixed_batch
@@ -104,6 +106,13 @@ class FloraModel(BaseTuner):
             self._keep_statistics(model, adapter_name)
         elif not config.inference_mode:
             warn_when_trained(model)
+        if config.init_weights == "gradient" and config.gradient_bases is None and not config.inference_mode:
+            warn_at_first_step(
+                (module for module in model.modules() if isinstance(module, FloraLayer)),
+                f"adapter {adapter_name!r} has init_weights='gradient' and trains from the default start: "
+                "florapeft.initialize_from_gradients was not called",
+            )
+        config.gradient_bases = None  # they have served
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
@@ -198,6 +207,8 @@ class FloraModel(BaseTuner):
         scale = from_pattern(config.scale_pattern, described, config.scale)
         layer = target if isinstance(target, described.layer) else described.layer(target, adapter_name, self.model)
         layer.update_layer(adapter_name, described.weight, rank, config, scale)
+        if bases := (config.gradient_bases or {}).get(described.name):
+            start_from_bases(layer.tuckers(adapter_name)[described.weight], bases)
         if layer is not target:
             if isinstance(parent, nn.TransformerEncoderLayer):
                 # Its fused path for inference reads the weights and calls no layer, unless one has a hook.
@@ -245,7 +256,7 @@ class FloraModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merges(safe_merge, adapter_names)
-        forget_warning(self.model)
+        forget_warning(self.model.modules())
         self._places = places(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
@@ -326,6 +337,7 @@ class FloraModel(BaseTuner):
         expected = {key: value for key, value in state.items() if key.startswith(own)}
         others = {key.removeprefix(PREFIX): value for key, value in state.items()}
         check_state_dict(remapped, expected, others, adapter_name)
+        forget_warning(module for module in model.modules() if isinstance(module, FloraLayer))
         return remapped | under_other_names(remapped, model)
 
 

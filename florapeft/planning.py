@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 import weakref
@@ -10,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import peft
 import torch
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,8 @@ from florapeft.rank import count_parameters
 from florapeft.support import shared_weights, why_not
 from florapeft.target_ranks import count_base_parameters
 from florapeft.targets import Target, adapted_targets, find_targets, task_heads
+
+logger = logging.getLogger("florapeft")
 
 ADAPTER = "default"
 
@@ -173,7 +176,7 @@ def plan(model: nn.Module, config: FloraConfig, *, inputs: Any = None) -> Plan:
         raise ValueError("plan takes a base model, and this one has an adapter already")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = peft.get_peft_model(on_meta(model), copy.deepcopy(config), ADAPTER, low_cpu_mem_usage=True)
+        adapted = get_peft_model(on_meta(model), copy.deepcopy(config), ADAPTER, low_cpu_mem_usage=True)
     notes = [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
     # PEFT names the head of a task model by itself.
     given = replace(config, modules_to_save=adapted.peft_config[ADAPTER].modules_to_save)
@@ -200,6 +203,17 @@ def plan(model: nn.Module, config: FloraConfig, *, inputs: Any = None) -> Plan:
         memory=Memory(sum(held.values()), gradients, 2 * gradients, activations),
         notes=tuple(notes),
     )
+
+
+def selected_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
+    """The weights that the configuration selects, as attaching finds them, whatever its budget; nothing is changed."""
+    least = replace(config, budget=None, allocation="uniform", init_weights=True)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it would say is about this one's ranks
+    try:
+        return adapted_targets(get_peft_model(on_meta(model), least, ADAPTER, low_cpu_mem_usage=True).get_base_model())
+    finally:
+        logger.setLevel(level)
 
 
 def on_meta(model: nn.Module) -> nn.Module:

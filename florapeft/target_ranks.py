@@ -55,8 +55,13 @@ def solve_budget(targets: Iterable[Target], config: FloraConfig, budget: int) ->
     """Ranks for every target, spending `budget` as `config.allocation` says; what it cannot pay is left out.
 
     Raises:
-        ValueError: the budget does not suffice for rank 1 in any target.
+        ValueError: the budget does not suffice for rank 1 in any target; or the rule needs data.
     """
+    if config.allocation != "uniform":
+        raise ValueError(
+            f"allocation={config.allocation!r} needs gradients: attach the configuration that "
+            "florapeft.allocate(model, config, batches, loss) returns"
+        )
     choices = {t.name: uniform_choices(t.shape, t.channel_modes, config.kernel_r) for t in targets}
     ranks = spend_on_energy(choices, budget)
     if problem := describe_spending(choices, ranks, budget):

@@ -116,7 +116,7 @@ RANK = "must be a positive integer or one per mode, got "
         ({"budget": 0.1, "r": 16}, ValueError, "budget=0.1 and r=16 contradict each other"),
         ({"budget": 0.1, "r": [8, 8]}, ValueError, r"budget=0.1 and r=\[8, 8\] contradict each other"),
         ({"budget": 99, "rank_pattern": {"q": 2}}, ValueError, "budget=99 and rank_pattern={'q': 2} contradict each"),
-        ({"allocation": "greedy"}, ValueError, "allocation must be 'uniform', got 'greedy'"),
+        ({"allocation": "greedy"}, ValueError, r"allocation must be one of \['uniform', 'spectrum'\], got 'greedy'"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
         ({"scale": float("inf")}, ValueError, "scale must be a finite number, got inf"),
         ({"scale": "1"}, ValueError, "scale must be a finite number, got '1'"),
@@ -130,7 +130,7 @@ RANK = "must be a positive integer or one per mode, got "
         (
             {"init_weights": "pissa"},
             ValueError,
-            r"init_weights must be True, False or one of \['released', 'variance', 'zero_output'\], got 'pissa'",
+            r"init_weights must be True, False or one of \['released', 'variance', 'zero_output', 'gradient'\], got 'pissa'",
         ),
         ({"init_weights": None}, ValueError, "init_weights must be True, False or one of .*, got None"),
         ({"bias": "lora_only"}, ValueError, r"bias must be one of \['none', 'all', 'flora_only'\], got 'lora_only'"),

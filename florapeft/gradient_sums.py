@@ -1,0 +1,278 @@
+"""One pass of gradients over a frozen model: the sum of each weight's gradients, none of which is kept at full size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from peft.utils.quantization_utils import Bnb4bitBackend
+from torch import Tensor, nn
+
+from florapeft.kinds import quantized_as, weight_shape
+from florapeft.layer import FloraLayer, parameter_shape, quantization_backend, stop_repacking, weight_of
+from florapeft.rank import count_parameters
+from florapeft.tucker import Tucker, hosvd, mode_energies, multi_mode_dot, unfold
+
+logger = logging.getLogger("florapeft")
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+# The most directions per mode that a compressed sum keeps, unless more are asked for.
+_DIRECTIONS = 128
+
+
+class Weight(NamedTuple):
+    """A weight whose gradient is wanted: of which module, and by which name there."""
+
+    module: nn.Module
+    name: str
+
+
+class GradientSum:
+    """The sum of the gradients of one weight, in float32.
+
+    Where that saves at least half, it is kept in Tucker form: compressed anew with every gradient that is added, to the
+    leading directions of each mode.
+
+    Args:
+        shape: of the weight.
+        rank: the least number of directions to keep in each mode.
+
+    Attributes:
+        value: the sum, a tensor or with orthonormal factors; None while there is none.
+        lost: the energy that compression has taken from it.
+    """
+
+    def __init__(self, shape: Sequence[int], rank: Sequence[int] | None = None) -> None:
+        least = rank or [1] * len(shape)
+        self.kept = tuple(min(d, max(r, _DIRECTIONS)) for d, r in zip(shape, least, strict=True))
+        self.is_compressed = 2 * count_parameters(shape, self.kept) < prod(shape)
+        self.value: Tucker | None = None
+        self.lost = 0.0
+
+    def add(self, gradient: Tensor) -> None:
+        total = gradient.to_dense() if gradient.is_sparse else gradient
+        total = total.float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        if self.value is not None:
+            total = total + self.value.to_tensor()
+        if not self.is_compressed:
+            self.value = Tucker(total, (None,) * total.ndim)
+            return
+        factors = [
+            None if kept == d else _leading_directions(unfold(total, mode), kept)
+            for mode, (d, kept) in enumerate(zip(total.shape, self.kept, strict=True))
+        ]
+        core = multi_mode_dot(total, [None if factor is None else factor.mT for factor in factors])
+        self.lost += max(0.0, float(total.double().square().sum() - core.double().square().sum()))
+        self.value = Tucker(core, tuple(factors))
+
+    def spectra(self) -> list[list[float]]:
+        """Per mode the squared singular values of the unfolding; what compression has lost is spread over the rest."""
+        spectra = []
+        for mode, (size, kept) in enumerate(zip(self.value.shape, self.value.rank, strict=True)):
+            spectrum = mode_energies(self.value.core, mode).tolist()
+            if kept < size:
+                spectrum += [0.0] * (kept - len(spectrum)) + [self.lost / (size - kept)] * (size - kept)
+            elif self.lost:
+                spectrum = [energy + self.lost / len(spectrum) for energy in spectrum]
+            spectra.append(spectrum)
+        return spectra
+
+    def bases(self, rank: Sequence[int]) -> tuple[Tensor | None, ...]:
+        """For every mode that is not whole the `r` leading directions of the sum, orthonormal, of shape `(d, r)`."""
+        core, factors = self.value
+        inner = hosvd(core, [min(r, kept) for r, kept in zip(rank, core.shape, strict=True)]).factors
+        found: list[Tensor | None] = []
+        for size, r, outer, turned in zip(self.value.shape, rank, factors, inner, strict=True):
+            if r == size:
+                found.append(None)
+            elif outer is None:
+                found.append(turned)
+            else:
+                found.append(_completed(outer if turned is None else outer @ turned, r))
+        return tuple(found)
+
+
+def gradient_sums(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    batches: Iterable[Any],
+    loss: Loss,
+    ranks: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, GradientSum]:
+    """The sums of the weights' gradients over all batches; afterwards the model is as it was.
+
+    Adapters of ours are passed by. Modules are in eval mode, but for those that checkpoint their activations, which do
+    so in train mode alone; random numbers are the same in every pass. Every gradient is freed as soon as it is added.
+
+    Args:
+        model: the model, with or without adapters.
+        weights: what to collect, by name.
+        batches: anything that `loss` takes; all of them are used.
+        loss: `loss(model, batch)`, one number.
+        ranks: how many directions to keep of each weight at least.
+
+    Returns:
+        By name; without those that no gradient reached, which a log line counts.
+
+    Raises:
+        TypeError, ValueError: no batch; a loss that is not one finite number, or on which no weight has an influence;
+            a gradient that is not finite. The message says where.
+    """
+    sums = {name: GradientSum(_shape(weight), (ranks or {}).get(name)) for name, weight in weights.items()}
+    count = 0
+
+    def add(name: str, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise ValueError(f"the gradient of {name} is not finite in batch {count}")
+        sums[name].add(gradient)
+
+    with _collecting(model, weights, add):
+        for batch in batches:
+            value = loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise TypeError(f"loss(model, batch) must be one number, a tensor; for batch {count} it is {given}")
+            if not torch.isfinite(value):
+                raise ValueError(f"the loss is {value.item()} for batch {count}")
+            if not value.requires_grad:
+                raise ValueError("no weight to adapt has an influence on the loss, which has no gradient")
+            value.backward()
+            count += 1
+    if count == 0:
+        raise ValueError("a gradient pass needs at least one batch, and there is none: batches may be used up already")
+    found = {name: total for name, total in sums.items() if total.value is not None}
+    if not found:
+        raise ValueError(f"no gradient reached any of the {len(sums)} weights to adapt")
+    if missing := [name for name in sums if name not in found]:
+        logger.warning(f"no gradient reached {len(missing)} of {len(sums)} weights to adapt, as {missing[0]}")
+    return found
+
+
+@contextmanager
+def _collecting(model: nn.Module, weights: Mapping[str, Weight], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While the context lasts, the backward pass hands the weights' gradients, and no others, to `add`."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    layers = [(module, module._disable_adapters) for module in model.modules() if isinstance(module, FloraLayer)]
+    names: dict[int, list[str]] = {}
+    handles, repacking = [], []
+
+    def take(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        for name in names[id(parameter)]:
+            add(name, gradient)
+
+    with ExitStack() as stack:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.enable_grad())
+        try:
+            torch.manual_seed(0)
+            for layer, _ in layers:
+                layer._disable_adapters = True
+            for module, was_training in modes:
+                module.training = was_training and bool(getattr(module, "gradient_checkpointing", False))
+            for parameter, _, _ in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for name, weight in weights.items():
+                if quantized_as(weight.module) is not None:
+                    if isinstance(quantization_backend(weight.module), Bnb4bitBackend) and stop_repacking(
+                        weight.module
+                    ):
+                        repacking.append(weight.module)
+                    handles.append(weight.module.register_forward_hook(_linear_hook(name, add)))
+                    continue
+                parameter = weight_of(weight.module, weight.name)
+                parameter.requires_grad_(True)
+                if id(parameter) not in names:
+                    handles.append(parameter.register_post_accumulate_grad_hook(take))
+                names.setdefault(id(parameter), []).append(name)
+            handles += _input_hooks(model)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, wanted, gradient in parameters:
+                parameter.requires_grad_(wanted)
+                parameter.grad = gradient
+            for module, was_training in modes:
+                module.training = was_training
+            for layer, disabled in layers:
+                layer._disable_adapters = disabled
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = True
+
+
+def _linear_hook(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., Tensor]:
+    """Of a quantised linear layer, whose weight has no gradient: it is that of the output times the input."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the first run of a checkpointed part
+            return output
+        x = arguments[0].detach()
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+
+        def backward(gradient: Tensor) -> None:
+            rows = gradient.detach().flatten(0, -2).float()
+            add(name, rows.mT @ x.flatten(0, -2).float())
+
+        output.register_hook(backward)
+        return output
+
+    return hook
+
+
+def _input_hooks(model: nn.Module) -> list[Any]:
+    """Let gradients begin at the token embeddings: parts that are checkpointed have none where no input wants one."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+
+    def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point():
+            output.requires_grad_()
+
+    return [] if embeddings is None else [embeddings.register_forward_hook(hook)]
+
+
+def _shape(weight: Weight) -> tuple[int, ...]:
+    if quantized_as(weight.module) is not None:
+        return weight_shape(weight.module)
+    return parameter_shape(weight_of(weight.module, weight.name))
+
+
+def _leading_directions(matrix: Tensor, count: int) -> Tensor:
+    """An orthonormal basis, shape `(rows, count)`, near the leading left singular vectors; always the same one.
+
+    Source: Halko, Martinsson, Tropp (2011), SIAM Review 53(2), algorithms 4.4 and 5.1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(matrix.shape[1], min(count + 8, *matrix.shape), generator=generator)
+    basis = torch.linalg.qr(matrix @ probes.to(matrix.device)).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    projected = (basis.mT @ matrix).double()
+    vectors = torch.linalg.eigh(projected @ projected.mT).eigenvectors.flip(1)
+    return _completed((basis @ vectors.float())[:, :count], count)
+
+
+def _completed(basis: Tensor, count: int) -> Tensor:
+    """The orthonormal columns of `basis`, with further ones, always the same, up to `count`."""
+    missing = count - basis.shape[1]
+    if missing <= 0:
+        return basis
+    more = torch.randn(basis.shape[0], missing, generator=torch.Generator().manual_seed(0)).to(basis)
+    for _ in range(2):  # twice, for the first leaves a rounding's share of the basis
+        more = torch.linalg.qr(more - basis @ (basis.mT @ more)).Q
+    return torch.cat((basis, more), 1)
