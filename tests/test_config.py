@@ -130,7 +130,7 @@ RANK = "must be a positive integer or one per mode, got "
         (
             {"init_weights": "pissa"},
             ValueError,
-            r"init_weights must be True, False or one of \['released', 'variance', 'zero_output', 'gradient'\], got 'pissa'",
+            r"init_weights must be True, False or one of \['released', 'variance', 'zero_output', 'gradient'\], got",
         ),
         ({"init_weights": None}, ValueError, "init_weights must be True, False or one of .*, got None"),
         ({"bias": "lora_only"}, ValueError, r"bias must be one of \['none', 'all', 'flora_only'\], got 'lora_only'"),
