@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from florapeft import FloraConfig, Tucker
 from florapeft.report.base import Weights, find_base, layer_slot, slots, unknown_slot
 from florapeft.report.collect import Other, collect, read_tensors
-from florapeft.report.measure import energy, measure, rank_at
+from florapeft.report.measure import measure
 from florapeft.report.run import read_run
 from florapeft.train.comparison import attach, load_network
 from florapeft.train.digits import builtin_model_path
@@ -37,17 +37,20 @@ def random_tucker(shape, rank):
 
 class TestMeasure:
     @pytest.mark.parametrize(("shape", "rank"), SHAPES.values(), ids=SHAPES)
-    def test_norm_and_spectra_are_those_of_the_dense_update(self, shape, rank):
+    def test_norm_energies_and_ranks_are_those_of_the_dense_update(self, shape, rank):
         tucker = random_tucker(shape, rank)
         dense = tucker.to_tensor().double()
         found = measure(tucker, has_kernel=False, output_mode=None)
         assert found.norm == pytest.approx(dense.norm().item(), rel=1e-5)
         assert found.taps is None
-        assert len(found.spectra) == (0 if len(shape) == 1 else len(shape))
-        for mode, values in enumerate(found.spectra):
-            expected = torch.linalg.svdvals(unfold(dense, mode))
-            assert_close(values, expected[: len(values)], rtol=1e-4, atol=1e-5)
-            assert expected[len(values) :].sum() < 1e-4  # what is left out is zero
+        assert len(found.energies) == (0 if len(shape) == 1 else len(shape))
+        for mode, energies in enumerate(found.energies):
+            expected = torch.linalg.svdvals(unfold(dense, mode)).square()
+            assert_close(energies, expected[: len(energies)], rtol=1e-4, atol=1e-5)
+            assert expected[len(energies) :].sum() < 1e-8 * expected.sum()  # what is left out is zero
+            kept = expected.cumsum(0) / expected.sum()
+            for share, ranks in found.ranks.items():
+                assert ranks[mode] == int((kept < share).sum()) + 1
 
     @pytest.mark.parametrize("name", ["conv 1-D", "conv 2-D", "depthwise", "conv 3-D"])
     @pytest.mark.parametrize("output_mode", [0, 1])
@@ -71,16 +74,10 @@ class TestMeasure:
         for index, _, pattern in measure(tucker, has_kernel=True, output_mode=0).filters:
             assert_close(pattern, tucker.to_tensor()[index, 0].double(), rtol=1e-4, atol=1e-5)
 
-    def test_energy_and_the_rank_that_keeps_it(self):
-        spectrum = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
-        assert energy(spectrum).tolist() == pytest.approx([0.9, 1.0, 1.0])
-        assert [rank_at(spectrum, share) for share in (0.9, 0.95, 0.99)] == [1, 2, 2]
-
     def test_zero(self):
         found = measure(Tucker(torch.zeros(2, 2, 3), (torch.randn(5, 2), None, None)), has_kernel=True, output_mode=0)
         assert found.norm == 0
-        assert [rank_at(values, 0.95) for values in found.spectra] == [0, 0, 0]
-        assert energy(found.spectra[0]).sum() == 0
+        assert found.ranks == {}
 
 
 class Everything(nn.Module):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from florapeft.report.measure import Filter, energy
+from florapeft.report.measure import Filter
 from florapeft.report.run import Curve, Method
 
 # By role: for light and for dark. ramp-0 … ramp-7 go from weak to strong.
@@ -95,16 +95,21 @@ class Drawing:
         return figure
 
 
-def spectra(modes: Sequence[str], spectrum: Sequence[Tensor]) -> Drawing:
-    """Singular values of every mode's unfolding, relative to the first, and the energy that the first ones keep."""
-    return Drawing(WIDTH, 176, _draw_spectra, modes, [values.numpy() for values in spectrum], [*map(energy, spectrum)])
+def spectra(modes: Sequence[str], energies: Sequence[Tensor]) -> Drawing:
+    """Singular values of every mode's unfolding, relative to the first, and the share of the energy that those keep.
+
+    Args:
+        modes: a name for each mode.
+        energies: for each mode the squared singular values, descending; not all zero.
+    """
+    return Drawing(WIDTH, 176, _draw_spectra, modes, [values.numpy() for values in energies])
 
 
-def _draw_spectra(figure: Figure, colors: dict[str, str], modes: Sequence[str], values: list, kept: list) -> None:
+def _draw_spectra(figure: Figure, colors: dict[str, str], modes: Sequence[str], energies: list) -> None:
     left, right = (_axes(figure, colors, x, 46, 134, 106) for x in (34, 204))
-    for number, (mode, sizes, shares) in enumerate(zip(modes, values, kept, strict=True)):
+    for number, (mode, squares) in enumerate(zip(modes, energies, strict=True)):
         color = colors[SERIES[number % len(SERIES)]]
-        steps = np.arange(1, len(sizes) + 1)
+        sizes, shares, steps = np.sqrt(squares), squares.cumsum() / squares.sum(), np.arange(1, len(squares) + 1)
         marker = {"marker": "o", "markersize": 3} if len(sizes) <= 8 else {}
         visible = sizes > sizes[0] * 1e-6
         left.plot(
@@ -122,7 +127,7 @@ def _draw_spectra(figure: Figure, colors: dict[str, str], modes: Sequence[str], 
     right.set_yticks([0, 0.5, 0.9, 1], ["0%", "50%", "90%", ""])
     for axes, title in ((left, "singular values"), (right, "energy kept")):
         axes.set_title(title, loc="left", fontsize=11.5, color=colors["muted"], pad=5)
-        axes.set_xlim(0.9, max(len(sizes) for sizes in values) + 0.1)
+        axes.set_xlim(0.9, max(map(len, energies)) + 0.1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.legend(
         loc="lower left",

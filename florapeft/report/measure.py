@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from florapeft.tucker import Tucker, mode_energies, multi_mode_dot, orthonormalize, unfold
+from florapeft.structure import energy_per_mode, energy_per_tap, multilinear_ranks
+from florapeft.tucker import Tucker, multi_mode_dot, orthonormalize, unfold
 
 SHARES = (0.90, 0.95, 0.99)  # of the energy, for which the ranks that keep them are given
 STRONGEST = 4  # output filters that are shown
@@ -33,13 +34,16 @@ class Measures(NamedTuple):
 
     Attributes:
         norm: ‖dW‖, Frobenius.
-        spectra: by mode, the singular values of dW's unfolding that may not be zero, descending; none for a vector.
+        energies: by mode, the squared singular values of dW's unfolding that may not be zero, descending; none for a
+            vector.
+        ranks: for each of `SHARES` how many of them make up that share, by mode; empty for a vector or an update of zero.
         taps: shape `(*kernel)`, root mean square of dW over both channel modes; None for what is no convolution.
         filters: the strongest output filters, strongest first; empty where the output mode is not known.
     """
 
     norm: float
-    spectra: tuple[Tensor, ...]
+    energies: tuple[Tensor, ...]
+    ranks: dict[float, tuple[int, ...]]
     taps: Tensor | None
     filters: tuple[Filter, ...]
 
@@ -52,29 +56,17 @@ def measure(tucker: Tucker, *, has_kernel: bool, output_mode: int | None) -> Mea
         has_kernel: whether modes 2 and up are a convolution's kernel.
         output_mode: the convolution's output mode, if known.
     """
-    factors = tuple(None if f is None else f.double() for f in tucker.factors)
-    small = orthonormalize(Tucker(tucker.core.double(), factors))
-    order = small.core.ndim
-    spectra = () if order == 1 else tuple(mode_energies(small.core, mode).sqrt() for mode in range(order))
+    double = Tucker(tucker.core.double(), tuple(None if f is None else f.double() for f in tucker.factors))
+    small = orthonormalize(double)
     norm = small.core.norm().item()
+    has_modes = small.core.ndim > 1
+    energies = energy_per_mode(double) if has_modes else ()
+    ranks = multilinear_ranks(double, SHARES) if has_modes and norm else {}
     if not has_kernel:
-        return Measures(norm, spectra, None, ())
+        return Measures(norm, energies, ranks, None, ())
+    taps = (energy_per_tap(double) / (tucker.shape[0] * tucker.shape[1])).sqrt()
     kernels = multi_mode_dot(small.core, (None, None, *small.factors[2:]))  # (r_0, r_1, *kernel)
-    taps = (kernels.square().sum((0, 1)) / (tucker.shape[0] * tucker.shape[1])).sqrt()
-    return Measures(norm, spectra, taps, () if output_mode is None else _strongest(small, kernels, output_mode))
-
-
-def energy(spectrum: Tensor) -> Tensor:
-    """Share of ‖dW‖² that the first 1, 2, … singular values keep; zeros for an update of zero."""
-    squares = spectrum.square()
-    return squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
-
-
-def rank_at(spectrum: Tensor, share: float) -> int:
-    """How many singular values keep this share of the energy; 0 for an update of zero."""
-    if not spectrum.any():
-        return 0
-    return int((energy(spectrum) < share - 1e-12).sum()) + 1
+    return Measures(norm, energies, ranks, taps, () if output_mode is None else _strongest(small, kernels, output_mode))
 
 
 def _strongest(small: Tucker, kernels: Tensor, output_mode: int) -> tuple[Filter, ...]:

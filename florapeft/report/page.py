@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from florapeft.report import figures
 from florapeft.report.collect import Layer, Other, Report, collect
-from florapeft.report.measure import SHARES, rank_at
+from florapeft.report.measure import SHARES
 from florapeft.train.save import atomic_folder, atomic_write, to_json
 
 _NAMED = 60  # weights up to which the map's cells have their names in them
@@ -196,10 +196,9 @@ def details(layers: Sequence[Cell], say: Callable[[str], None]) -> dict[int, dic
 def detail(layer: Layer) -> dict[str, Any]:
     """What the panel of a layer shows: a row per mode, and its figures."""
     measures = layer.measures
-    spectra = measures.spectra or (None,) * len(layer.rank)
     modes = [
-        (name, size, rank, [None if values is None else rank_at(values, share) for share in SHARES])
-        for name, size, rank, values in zip(layer.slot.modes, layer.slot.shape, layer.rank, spectra, strict=True)
+        (name, layer.slot.shape[mode], layer.rank[mode], [ranks[mode] for ranks in measures.ranks.values()])
+        for mode, name in enumerate(layer.slot.modes)
     ]
     return {"modes": modes, "figures": {name: _svg(drawing) for name, drawing in drawings(layer)}}
 
@@ -209,8 +208,8 @@ def drawings(layer: Layer) -> Iterator[tuple[str, figures.Drawing]]:
     measures = layer.measures
     if not measures.norm:
         return
-    if measures.spectra:
-        yield "spectra", figures.spectra(layer.slot.modes, measures.spectra)
+    if measures.energies:
+        yield "spectra", figures.spectra(layer.slot.modes, measures.energies)
     if measures.taps is not None and measures.taps.numel() > 1:
         yield "kernel", figures.kernel(measures.taps)
         if measures.filters:
@@ -248,9 +247,7 @@ def summary(report: Report) -> dict[str, Any]:
                 "norm": layer.measures.norm,
                 "weight_norm": layer.weight_norm,
                 "relative": layer.relative,
-                "ranks_at_energy": {
-                    f"{share:.2f}": [rank_at(values, share) for values in layer.measures.spectra] for share in SHARES
-                },
+                "ranks_at_energy": {f"{share:.2f}": list(ranks) for share, ranks in layer.measures.ranks.items()},
             }
             for layer in report.layers
         ],
