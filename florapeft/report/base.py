@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft.config import PeftConfig
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from florapeft.kinds import Conv, ConvTranspose, Embedding, Linear, adapted_kind
+from florapeft.sources import Weights, find
+from florapeft.train.model import load_skeleton
 
-_CHUNK = 2**24  # entries that are read at a time
+_CHUNK = 2**22  # entries that are summed at a time
 _CHANNELS = {Linear: ("out", "in"), Conv: ("out", "in"), ConvTranspose: ("in", "out"), Embedding: ("num", "dim")}
 _KERNEL = {1: ("tap",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -75,95 +75,63 @@ def find_base(name: str, *, ask_hub: bool) -> Path | None:
         return None
 
 
-class Weights:
-    """The tensors of a folder's safetensors files, or of one file, read piece by piece."""
+class Network(NamedTuple):
+    """A base model without its weights.
 
-    def __init__(self, path: Path) -> None:
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        self.places: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for file in files:
-            if file.name != "adapter_model.safetensors":
-                with reading(file) as tensors:
-                    for key in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                        self.places[key] = file, tuple(tensors.get_slice(key).get_shape())
+    Attributes:
+        slots: its weights that FLoRA could adapt, or adapts, in order.
+        sizes: the entries of every parameter, by name.
+        prefix: what its names have in front that those of the model without a head lack.
+    """
 
-    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The key of a weight, where one model is saved inside the other too; None where none or several fit."""
-        for key in (name, f"{name}.weight"):
-            if key in self.places:
-                return key if self.places[key][1] == shape else None
-        wanted = (f".{name}", f".{name}.weight")
-        found = [
-            key
-            for key, (_, found) in self.places.items()
-            if found == shape and (f".{key}".endswith(wanted) or any(w.endswith(f".{key}") for w in wanted))
-        ]
-        return found[0] if len(found) == 1 else None
-
-    def norm(self, key: str) -> float | None:
-        """Frobenius norm of a tensor; None where it is stored packed or has values that are not finite."""
-        file, shape = self.places[key]
-        total = torch.zeros((), dtype=torch.float64)
-        with reading(file) as tensors:
-            rows = tensors.get_slice(key)
-            step = max(1, _CHUNK // max(1, torch.Size(shape[1:]).numel()))
-            for start in range(0, shape[0] if shape else 0, step):
-                piece = rows[start : start + step]
-                if not piece.is_floating_point():
-                    return None
-                total += piece.float().square().sum(dtype=torch.float64)
-        return total.sqrt().item() if torch.isfinite(total) else None
+    slots: list[Slot]
+    sizes: dict[str, int]
+    prefix: str
 
 
-class reading:  # noqa: N801 - used like a function
-    """`with reading(file) as tensors`: safetensors' handle; what cannot be read is one line that names the file."""
+def build_network(path: Path, adapted: set[str]) -> Network:
+    """The base model as its config describes it, with the names that an adapter has for its weights.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> safe_open:
-        try:
-            self.handle = safe_open(self.file, "pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {self.file}: {error}") from None
-        return self.handle.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        self.handle.__exit__(*exception)
-
-
-def skeleton(
-    path: Path, config: PeftConfig, bare: set[str], say: Callable[[str], None]
-) -> tuple[list[Slot], dict[str, int]] | None:
-    """The weights of the base model in the network's order, from its configuration alone.
+    An adapter of a model with a head calls the weights `bert.encoder…` that the model without one calls `encoder…`.
 
     Args:
         path: the base model's folder.
-        config: the adapter's configuration, which names the model's class.
-        bare: names of adapted weights that no layer stands for; with dots as underscores after the module's name.
-        say: called with the reason where the network cannot be built.
+        adapted: names of the adapted layers, and of the adapted weights that no layer stands for, in which dots below
+            the adapted module are underscores.
 
-    Returns:
-        The slots, and the number of entries of every parameter by name; None where transformers cannot build it.
+    Raises:
+        Exception: whatever transformers and the model's own code raise.
     """
-    import transformers
+    model = load_skeleton(str(path))
+    prefix = model.base_model_prefix
+    flat = {flat_name(name, model) for name, _ in model.named_parameters()}
+    known = flat | {name for name, _ in model.named_modules()}
+    changes = [("", ""), (f"{prefix}.", ""), ("", f"{prefix}.")] if prefix else [("", "")]
+    cut, added = max(changes, key=lambda change: len({_renamed(name, *change) for name in known} & adapted))
+    bare = {name for name in flat if _renamed(name, cut, added) in adapted}
+    return Network(
+        [slot._replace(name=_renamed(slot.name, cut, added)) for slot in slots(model, bare)],
+        {_renamed(name, cut, added): parameter.numel() for name, parameter in model.named_parameters()},
+        prefix,
+    )
 
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        wanted = (
-            (config.auto_mapping or {}).get("base_model_class"),
-            *(getattr(model_config, "architectures", ()) or ()),
-        )
-        classes = [getattr(transformers, name, None) for name in wanted if name]
-        found = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)]
-        if not found:
-            return None
-        with torch.device("meta"):
-            model = found[0](model_config)
-    except Exception as error:  # whatever a model's own code raises: the page does without its order of layers
-        say(f"the network of {path} cannot be built, so layers stand in the order of their names: {error}")
+
+def _renamed(name: str, cut: str, added: str) -> str:
+    return added + name.removeprefix(cut)
+
+
+def find_weight(weights: Weights, slot: Slot, prefix: str) -> str | None:
+    """Under which name a file holds a weight; None where there is none of this shape and of numbers."""
+    name = find(weights, (slot.name, f"{slot.name}.weight"), prefix)
+    if name is None or not weights.entries[name].is_floating or weights.entries[name].shape != slot.shape:
         return None
-    return list(slots(model, bare)), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return name
+
+
+def weight_norm(weights: Weights, name: str) -> float | None:
+    """Frobenius norm of a tensor, which is read alone and summed in pieces; None where it is not finite."""
+    total = sum(piece.double().square().sum() for piece in weights.read(name).flatten().split(_CHUNK))
+    return total.sqrt().item() if torch.isfinite(total) else None
 
 
 def slots(model: nn.Module, bare: set[str]) -> Iterator[Slot]:

@@ -16,13 +16,17 @@ from torch import Tensor
 from florapeft._peft_type import FLORA
 from florapeft.checkpoint import PREFIX
 from florapeft.config import FloraConfig
-from florapeft.report.base import Slot, Weights, find_base, reading, skeleton, unknown_slot
+from florapeft.report.base import Network, Slot, build_network, find_base, find_weight, unknown_slot, weight_norm
 from florapeft.report.measure import Measures, measure
 from florapeft.report.run import Run, read_run
+from florapeft.sources import FileWeights, Weights, open_weights
 from florapeft.train.evaluate import adapter_folder
 from florapeft.tucker import Tucker, validate_tucker
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+# An update's module, and its weight's name there, with dots as underscores, where no layer stands for it (else None).
+Key = tuple[str, str | None]
 
 
 @dataclass
@@ -121,21 +125,21 @@ def collect(path: Path, *, base: str | None = None, say: Callable[[str], None] =
     found = find_base(name, ask_hub=base is not None) if name else None
     if base is not None and found is None:
         raise FileNotFoundError(f"base model not found: {base}; a folder, a safetensors file or a hub id is needed")
-    bare = {f"{module}.{weight}" for module, weight in tensors if weight is not None}
-    built = skeleton(found, config, bare, say) if found is not None and found.is_dir() else None
-    weights = Weights(found) if found is not None else None
+    network, weights, notes = _open_base(found, {_flat(key) for key in tensors}, must_read=base is not None)
     saved_names = {key.rpartition(".")[0] for key in others}
-    network = _network(tensors, built[0] if built else None, weights, saved_names)
     say(f"measuring {len(tensors)} updates")
     parts: list[Layer | Other] = []
-    for slot, key in network:
+    places = _places(tensors, network, weights)
+    for slot, key in places:
         if key is None:
             parts.append(Other(slot, slot.name in saved_names))
             continue
         parts.append(_layer(slot, *key, tensors[key], config))
-        if weights is not None and (place := weights.find(slot.name, slot.shape)) is not None:
-            parts[-1].weight_norm = weights.norm(place)
-    sizes = built[1] if built else {key: prod(shape) for key, (_, shape) in weights.places.items()} if weights else {}
+        if weights is not None and (held := find_weight(weights, slot, network.prefix if network else "")) is not None:
+            parts[-1].weight_norm = weight_norm(weights, held)
+    sizes = network.sizes if network else {}
+    if not sizes and weights is not None:
+        sizes = {key: prod(entry.shape) for key, entry in weights.entries.items()}
     base_size = sum(size for key, size in sizes.items() if key.rpartition(".")[0] not in saved_names)
     report = Report(
         folder=folder,
@@ -146,9 +150,9 @@ def collect(path: Path, *, base: str | None = None, say: Callable[[str], None] =
         saved=_saved(others),
         file_size=(folder / WEIGHTS_FILE).stat().st_size,
         run=read_run(path, folder),
-        is_ordered=built is not None and [slot for slot, _ in network] == built[0],
+        is_ordered=network is not None and [slot for slot, _ in places] == network.slots,
     )
-    report.notes += _notes(report, found)
+    report.notes += [*notes, *_notes(report, found, weights is not None)]
     return report
 
 
@@ -171,7 +175,7 @@ def read_config(folder: Path) -> FloraConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_tensors(file: Path) -> tuple[dict[tuple[str, str | None], Tucker], dict[str, Tensor]]:
+def read_tensors(file: Path) -> tuple[dict[Key, Tucker], dict[str, Tensor]]:
     """The updates and the other tensors of an adapter's file.
 
     Returns:
@@ -183,21 +187,21 @@ def read_tensors(file: Path) -> tuple[dict[tuple[str, str | None], Tucker], dict
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; only safetensors are read")
-    cores: dict[tuple[str, str | None], Tensor] = {}
-    factors: dict[tuple[str, str | None], dict[int, Tensor]] = {}
+    cores: dict[Key, Tensor] = {}
+    factors: dict[Key, dict[int, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    with reading(file) as handle:
-        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            value = handle.get_tensor(key)
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{file}: {key} has values that are not finite")
-            name = key.removeprefix(PREFIX)
-            if match := re.fullmatch(r"(.+)\.flora_core\.(?:([^.]+)\.)?weight", name):
-                cores[match[1], match[2]] = value
-            elif match := re.fullmatch(r"(.+)\.flora_factors\.(?:([^.]+)\.)?(\d+)\.weight", name):
-                factors.setdefault((match[1], match[2]), {})[int(match[3])] = value
-            else:
-                others[name] = value
+    saved = FileWeights(file, "adapter")
+    for key in saved.entries:
+        value = saved.read(key)
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{file}: {key} has values that are not finite")
+        name = key.removeprefix(PREFIX)
+        if match := re.fullmatch(r"(.+)\.flora_core\.(?:([^.]+)\.)?weight", name):
+            cores[match[1], match[2]] = value
+        elif match := re.fullmatch(r"(.+)\.flora_factors\.(?:([^.]+)\.)?(\d+)\.weight", name):
+            factors.setdefault((match[1], match[2]), {})[int(match[3])] = value
+        else:
+            others[name] = value
     if not cores:
         raise ValueError(f"{file} holds no update of FLoRA's")
     tuckers = {}
@@ -207,51 +211,70 @@ def read_tensors(file: Path) -> tuple[dict[tuple[str, str | None], Tucker], dict
         try:
             tuckers[key] = validate_tucker(core, [own.get(mode) for mode in range(modes)])
         except ValueError as error:
-            raise ValueError(f"{file}: {'.'.join(filter(None, key))}: {error}") from None
+            raise ValueError(f"{file}: {_flat(key)}: {error}") from None
     if factors:
-        raise ValueError(f"{file}: {'.'.join(filter(None, next(iter(factors))))} has factors but no core")
+        raise ValueError(f"{file}: {_flat(next(iter(factors)))} has factors but no core")
     return tuckers, others
 
 
-def _network(
-    tensors: dict[tuple[str, str | None], Tucker],
-    skeleton_slots: list[Slot] | None,
-    weights: Weights | None,
-    saved: set[str],
-) -> list[tuple[Slot, tuple[str, str | None] | None]]:
+def _open_base(
+    path: Path | None, adapted: set[str], must_read: bool
+) -> tuple[Network | None, Weights | None, list[str]]:
+    """The base's network and weights as far as they are here, and what to say where they are not."""
+    network, weights, notes = None, None, []
+    if path is None:
+        return network, weights, notes
+    if path.is_dir():
+        try:
+            network = build_network(path, adapted)
+        except Exception as error:  # whatever a model's own code raises: the page does without the order of layers
+            reason = " ".join(str(error).split())
+            notes.append(f"The base's network cannot be built, so layers stand in the order of their names: {reason}.")
+    try:
+        weights = open_weights(path, "base")
+    except (ValueError, OSError) as error:
+        if must_read:
+            raise
+        notes.append(f"Updates are not compared with the base's weights: {error}.")
+    return network, weights, notes
+
+
+def _places(
+    tensors: dict[Key, Tucker], network: Network | None, weights: Weights | None
+) -> list[tuple[Slot, Key | None]]:
     """The weights to show with the key of their update: in the network's order, else in that of their names."""
-    flat = {".".join(filter(None, key)): key for key in tensors}
-    adapted = {
-        key: unknown_slot(_spelled(key, weights), tensors[key].shape, is_bare=key[1] is not None)
-        for key in flat.values()
-    }
-    if skeleton_slots is not None:
-        placed = [(slot, _key_of(slot, flat)) for slot in skeleton_slots]
-        if all(key is None or slot.shape == tensors[key].shape for slot, key in placed) and (
-            len([key for _, key in placed if key is not None]) == len(adapted)
-        ):
+    if network is not None:
+        flat = {_flat(key): key for key in tensors}
+        placed = [(slot, _key_of(slot, flat)) for slot in network.slots]
+        keys = [key for _, key in placed if key is not None]
+        if len(keys) == len(tensors) and all(key is None or slot.shape == tensors[key].shape for slot, key in placed):
             return placed
-    names = {slot.name: (slot, key) for key, slot in adapted.items()}
-    if weights is not None:
-        taken = {weights.find(slot.name, slot.shape) for slot in adapted.values()}
-        for place, (_, shape) in weights.places.items():
-            name = place.removesuffix(".weight")
-            if place not in taken and name != place and sum(size > 1 for size in shape) >= 2:
-                names.setdefault(name, (unknown_slot(name, shape, is_bare=False), None))
+    names: dict[str, tuple[Slot, Key | None]] = {}
+    for key, tucker in tensors.items():
+        slot = unknown_slot(_spelled(key, weights), tucker.shape, is_bare=key[1] is not None)
+        names[slot.name] = slot, key
+    for place, entry in weights.entries.items() if weights is not None else ():
+        name = place.removesuffix(".weight")
+        if name not in names and name != place and sum(size > 1 for size in entry.shape) >= 2:
+            names[name] = unknown_slot(name, entry.shape, is_bare=False), None
     return [names[name] for name in sorted(names, key=_natural)]
 
 
-def _spelled(key: tuple[str, str | None], weights: Weights | None) -> str:
+def _flat(key: Key) -> str:
+    return ".".join(filter(None, key))
+
+
+def _spelled(key: Key, weights: Weights | None) -> str:
     """The name of an update's weight, with the dots that its key has no place for, where the base's files have it."""
     module, weight = key
     if weight is None:
         return module
-    places = weights.places if weights is not None else {}
+    places = weights.entries if weights is not None else {}
     inside = (name.removeprefix(f"{module}.") for name in places if name.startswith(f"{module}."))
     return f"{module}.{next((name for name in inside if name.replace('.', '_') == weight), weight)}"
 
 
-def _key_of(slot: Slot, flat: dict[str, tuple[str, str | None]]) -> tuple[str, str | None] | None:
+def _key_of(slot: Slot, flat: dict[str, Key]) -> Key | None:
     """The update of a weight: by its name, in which an adapter's key may have underscores for dots at the end."""
     if slot.name in flat:
         return flat[slot.name]
@@ -295,7 +318,7 @@ def _saved(others: dict[str, Tensor]) -> dict[str, int]:
     return counts
 
 
-def _notes(report: Report, found: Path | None) -> list[str]:
+def _notes(report: Report, found: Path | None, has_weights: bool) -> list[str]:
     notes = []
     if not any(layer.measures.norm for layer in report.layers):
         notes.append("Every update is zero: this adapter has not been trained.")
@@ -306,7 +329,7 @@ def _notes(report: Report, found: Path | None) -> list[str]:
         notes.append(
             f"{called} is not on this machine: updates are not compared with their weights. Name it with --base."
         )
-    elif missing := [layer.slot.name for layer in report.layers if layer.weight_norm is None]:
+    elif has_weights and (missing := [layer.slot.name for layer in report.layers if layer.weight_norm is None]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         notes.append(
             f"The base has no readable weight of the same name and shape for {missing[0]}{more}: not compared there."

@@ -36,7 +36,7 @@ class Measures(NamedTuple):
         norm: ‖dW‖, Frobenius.
         energies: by mode, the squared singular values of dW's unfolding that may not be zero, descending; none for a
             vector.
-        ranks: for each of `SHARES` how many of them make up that share, by mode; empty for a vector or an update of zero.
+        ranks: for each of `SHARES` how many of them make it up, by mode; none for a vector or an update of zero.
         taps: shape `(*kernel)`, root mean square of dW over both channel modes; None for what is no convolution.
         filters: the strongest output filters, strongest first; empty where the output mode is not known.
     """
