@@ -165,8 +165,7 @@ class TestCollect:
         )
         assert report.saved == {"head": 18, "batch norm statistics": 13}
         others = {part.slot.name: part.is_saved for part in report.network if isinstance(part, Other)}
-        assert others["left"] is False
-        assert others["head"] is True
+        assert others == {"left": False, "head": True}
 
     def test_the_networks_own_knowledge(self):
         base = Everything()

@@ -17,7 +17,18 @@ from typer.testing import CliRunner
 from florapeft import FloraConfig
 from florapeft.cli._app import app
 from florapeft.report import figures, write_report
-from florapeft.report.page import block_name, common_prefix, percent, ramp, short, size
+from florapeft.report.page import (
+    Block,
+    Cell,
+    block_name,
+    common_prefix,
+    percent,
+    ramp,
+    shared_labels,
+    short,
+    shown_block,
+    size,
+)
 
 VOID = {"meta", "input", "br", "wbr", "path", "circle", "image", "link", "img"}
 
@@ -249,6 +260,18 @@ class TestParts:
         assert common_prefix(["a.b.c.x", "a.b.d.y"]) == "a.b."
         assert common_prefix(["a.b", "a.b"]) == "a."
 
+    def test_what_the_cells_of_a_block_are_called(self):
+        def block(*labels):
+            return Block("x", [Cell(None, label) for label in labels])
+
+        same = [block("q", "k")] * 3
+        assert shared_labels([block("embed"), *same]) == ["q", "k"]
+        assert shared_labels([*same, block(*"abcdefgh")]) == []
+        assert shown_block("model.layers.3", "model.layers.") == "3"
+        assert shown_block("model", "model.layers.") == "model"
+        assert shown_block("model.layers", "model.layers.") == "top level"
+        assert shown_block("", "") == "top level"
+
     def test_ramp(self):
         step = ramp([0.1, 0.2, 0.8, None])
         assert [step(value) for value in (None, 0.0, 0.1, 0.2, 0.4, 0.8)] == [0, 0, 1, 2, 4, 7]
@@ -264,10 +287,19 @@ class TestParts:
         assert [size(count) for count in (12, 50464, 6.5e6, 1.2e9)] == ["12 bytes", "50.5 kB", "6.5 MB", "1.2 GB"]
 
     def test_a_figure_takes_its_colours_from_the_page(self):
-        drawing = figures.spectra(("out", "in"), [torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0])])
+        drawing = figures.spectra(
+            ("out", "in", "tap"), [torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0]), torch.ones(1)]
+        )
         svg = drawing.svg()
         assert not re.search(r"#[0-9a-f]{6}", svg)
-        assert set(re.findall(r"var\(--([\w-]+)\)", svg)) == {"ink", "muted", "line", "series-0", "series-1"}
+        assert set(re.findall(r"var\(--([\w-]+)\)", svg)) == {
+            "ink",
+            "muted",
+            "line",
+            "series-0",
+            "series-1",
+            "series-2",
+        }
         assert 'viewBox="0 0 340 ' in svg
         assert " id=" not in svg
 

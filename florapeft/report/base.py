@@ -79,11 +79,13 @@ class Network(NamedTuple):
     """A base model without its weights.
 
     Attributes:
+        model: the name of its class.
         slots: its weights that FLoRA could adapt, or adapts, in order.
         sizes: the entries of every parameter, by name.
         prefix: what its names have in front that those of the model without a head lack.
     """
 
+    model: str
     slots: list[Slot]
     sizes: dict[str, int]
     prefix: str
@@ -110,6 +112,7 @@ def build_network(path: Path, adapted: set[str]) -> Network:
     cut, added = max(changes, key=lambda change: len({_renamed(name, *change) for name in known} & adapted))
     bare = {name for name in flat if _renamed(name, cut, added) in adapted}
     return Network(
+        type(model).__name__,
         [slot._replace(name=_renamed(slot.name, cut, added)) for slot in slots(model, bare)],
         {_renamed(name, cut, added): parameter.numel() for name, parameter in model.named_parameters()},
         prefix,

@@ -69,6 +69,7 @@ class Report:
         config: the adapter's configuration.
         network: adapted and other weights, in the network's order where it is known, else by name.
         base: what the base model is called, if anything says so.
+        model: the name of its class, if known.
         base_size: entries of the base model without what the adapter saves in full; None where it is not at hand.
         saved: entries of what the adapter holds besides its updates, by what that is.
         is_ordered: whether that order is known.
@@ -81,6 +82,7 @@ class Report:
     config: FloraConfig
     network: list[Layer | Other]
     base: str | None
+    model: str | None
     base_size: int | None
     saved: dict[str, int]
     file_size: int
@@ -146,6 +148,7 @@ def collect(path: Path, *, base: str | None = None, say: Callable[[str], None] =
         config=config,
         network=parts,
         base=name,
+        model=(config.auto_mapping or {}).get("base_model_class") or (network.model if network else None),
         base_size=base_size or None,
         saved=_saved(others),
         file_size=(folder / WEIGHTS_FILE).stat().st_size,
@@ -255,7 +258,7 @@ def _places(
         names[slot.name] = slot, key
     for place, entry in weights.entries.items() if weights is not None else ():
         name = place.removesuffix(".weight")
-        if name not in names and name != place and sum(size > 1 for size in entry.shape) >= 2:
+        if names.keys().isdisjoint((name, place)) and name != place and sum(size > 1 for size in entry.shape) >= 2:
             names[name] = unknown_slot(name, entry.shape, is_bare=False), None
     return [names[name] for name in sorted(names, key=_natural)]
 

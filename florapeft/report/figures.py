@@ -16,6 +16,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
@@ -99,9 +101,11 @@ def spectra(modes: Sequence[str], energies: Sequence[Tensor]) -> Drawing:
     """Singular values of every mode's unfolding, relative to the first, and the share of the energy that those keep.
 
     Args:
-        modes: a name for each mode.
+        modes: a name for each mode; the two of a matrix have the same singular values, and share a line.
         energies: for each mode the squared singular values, descending; not all zero.
     """
+    if len(modes) == 2:
+        modes, energies = [" and ".join(modes)], energies[:1]
     return Drawing(WIDTH, 176, _draw_spectra, modes, [values.numpy() for values in energies])
 
 
@@ -129,16 +133,7 @@ def _draw_spectra(figure: Figure, colors: dict[str, str], modes: Sequence[str], 
         axes.set_title(title, loc="left", fontsize=11.5, color=colors["muted"], pad=5)
         axes.set_xlim(0.9, max(map(len, energies)) + 0.1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.legend(
-        loc="lower left",
-        bbox_to_anchor=(0.06, -0.03),
-        ncols=len(modes),
-        frameon=False,
-        fontsize=11.5,
-        handlelength=1.2,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+    _legend(figure, *left.get_legend_handles_labels())
 
 
 def kernel(taps: Tensor) -> Drawing:
@@ -204,18 +199,7 @@ def _draw_curves(figure: Figure, colors: dict[str, str], found: Sequence[Curve])
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("step", fontsize=11.5, color=colors["muted"], loc="right", labelpad=1)
     handles = {line.get_label(): line for line in axes.lines}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="lower left",
-        bbox_to_anchor=(0.02, -0.02),
-        ncols=3,
-        frameon=False,
-        fontsize=11.5,
-        handlelength=1.2,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+    _legend(figure, handles.values(), handles.keys())
 
 
 def comparison(metric: str, methods: Sequence[Method]) -> Drawing:
@@ -243,33 +227,62 @@ def _draw_comparison(figure: Figure, colors: dict[str, str], metric: str, method
     axes.set_title(f"{metric}, one dot per seed", loc="left", fontsize=11.5, color=colors["muted"])
 
 
-def network(blocks: Sequence[tuple[str, Sequence[tuple[str, int | None]]]]) -> Drawing:
+def network(blocks: Sequence[tuple[str, Sequence[int | None]]], low: str, high: str) -> Drawing:
     """The map of the network, for a file: blocks as rows, a cell per weight with its step of the ramp.
 
     Args:
-        blocks: the name of each block, and for each of its weights the name and the step; None where it has no update.
+        blocks: the name of each block, and for each of its weights the step; None where it has no update.
+        low: what the ramp's first step stands for.
+        high: what its last one stands for.
     """
-    widest = max(len(cells) for _, cells in blocks)
-    return Drawing(180 + 24 * widest, 20 + 24 * len(blocks), _draw_network, blocks, widest)
+    widest = max(12, *(len(steps) for _, steps in blocks))
+    return Drawing(180 + 24 * widest, 56 + 24 * len(blocks), _draw_network, blocks, widest, low, high)
 
 
-def _draw_network(figure: Figure, colors: dict[str, str], blocks: Sequence, widest: int) -> None:
+def _draw_network(figure: Figure, colors: dict[str, str], blocks: Sequence, widest: int, low: str, high: str) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(-180 / 24, widest)
-    axes.set_ylim(len(blocks) + 10 / 24, -10 / 24)
-    for row, (name, cells) in enumerate(blocks):
-        axes.text(-0.3, row + 0.5, _short(name, 26), ha="right", va="center", fontsize=11.5)
-        for column, (_, step) in enumerate(cells):
-            color = "none" if step is None else colors[RAMP[step]]
-            edge = colors["line"] if step is None else color
-            axes.add_patch(matplotlib.patches.Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fc=color, ec=edge))
+    axes.set_ylim(len(blocks) + 46 / 24, -10 / 24)
+
+    def cell(row: float, column: float, step: int | None) -> None:
+        fill, edge = ("none", colors["line"]) if step is None else (colors[RAMP[step]],) * 2
+        axes.add_patch(Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, facecolor=fill, edgecolor=edge))
+
+    for row, (name, steps) in enumerate(blocks):
+        axes.text(-0.3, row + 0.5, _short(name, 26), ha="right", va="center")
+        for column, step in enumerate(steps):
+            cell(row, column, step)
+    last = len(blocks) + 0.6
+    axes.text(-0.3, last + 0.5, low, ha="right", va="center", color=colors["muted"])
+    for step in range(len(RAMP)):
+        cell(last, step, step)
+    axes.text(len(RAMP) + 0.3, last + 0.5, high, ha="left", va="center", color=colors["muted"])
 
 
 def _roles(names: Iterable[str]) -> dict[str, str]:
     """A colour by name, the same in every figure: the first for FLoRA, the others in their order."""
     ordered = sorted(dict.fromkeys(names), key=lambda name: "flora" not in name.lower())
     return {name: SERIES[place % len(SERIES)] for place, name in enumerate(ordered)}
+
+
+def _legend(figure: Figure, lines: Iterable[Line2D], names: Iterable[str]) -> None:
+    """A row of names at the lower edge, with as much room as the width leaves."""
+    names = list(names)
+    spacing = (
+        {"handlelength": 1.2, "columnspacing": 1.2} if len(names) < 5 else {"handlelength": 0.7, "columnspacing": 0.7}
+    )
+    figure.legend(
+        lines,
+        names,
+        loc="lower left",
+        bbox_to_anchor=(0.0, -0.03),
+        ncols=len(names),
+        frameon=False,
+        fontsize=11,
+        handletextpad=0.5,
+        **spacing,
+    )
 
 
 def _axes(figure: Figure, colors: dict[str, str], x: float, y: float, width: float, height: float) -> Axes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -108,7 +109,7 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
     environment.filters |= {"figure": figure, "fact": fact, "share": "{:.0%}".format}
     layers = [cell for block in blocks for cell in block.cells if cell.number is not None]
     strengths = [report.strength(cell.part) or 0.0 for cell in layers]
-    run = report.run
+    run, prefix = report.run, common_prefix([layer.slot.name for layer in report.layers])
     return environment.get_template("page.html").render(
         report=report,
         run=run,
@@ -128,13 +129,16 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
         title=title(report),
         lead=lead(report),
         tiles=tiles(report),
-        prefix=common_prefix([layer.slot.name for layer in report.layers]),
+        prefix=prefix,
+        label_width=min(24, max(len(shown_block(block.name, prefix)) for block in blocks)),
+        columns=shared_labels(blocks),
         curves=[_svg(drawing) for drawing in figures.curves(run.curves)],
         comparison=_svg(figures.comparison(run.metric, run.methods)) if run.methods else "",
         versions={"florapeft": version("florapeft"), "peft": report.config.peft_version} | run.versions,
         config=to_json(report.config.to_dict()),
         command=command,
         tip=lambda cell: tip(cell.part),
+        shown_block=shown_block,
         size=size,
     )
 
@@ -160,6 +164,17 @@ def block_name(name: str) -> str:
     parts = name.split(".")[:-1]
     numbered = [place for place, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbered[-1] + 1] if numbered else parts)
+
+
+def shown_block(name: str, prefix: str) -> str:
+    """A block's name without what all names begin with."""
+    return f"{name}.".removeprefix(prefix).strip(".") or "top level"
+
+
+def shared_labels(blocks: Sequence[Block]) -> list[str]:
+    """What the cells of a block are called, one after the other, where most cells are in blocks that agree on it."""
+    (labels, count), *_ = Counter(tuple(cell.label for cell in block.cells) for block in blocks).most_common(1)
+    return list(labels) if count > 2 and count * len(labels) > sum(len(block.cells) for block in blocks) / 2 else []
 
 
 def is_logarithmic(strengths: Sequence[float | None]) -> bool:
@@ -218,7 +233,11 @@ def drawings(layer: Layer) -> Iterator[tuple[str, figures.Drawing]]:
 
 def pictures_of(report: Report, blocks: list[Block]) -> Iterator[tuple[str, figures.Drawing]]:
     """Every figure of the page with the name of its file."""
-    yield "network", figures.network([(b.name, [(cell.label, cell.step) for cell in b.cells]) for b in blocks])
+    prefix = common_prefix([layer.slot.name for layer in report.layers])
+    steps = [(shown_block(block.name, prefix), [cell.step for cell in block.cells]) for block in blocks]
+    strengths = [report.strength(layer) or 0.0 for layer in report.layers]
+    measured = "‖ΔW‖ / ‖W‖" if report.is_relative else "‖ΔW‖"
+    yield "network", figures.network(steps, f"{measured}: {short(min(strengths))}", short(max(strengths)))
     for number, drawing in enumerate(figures.curves(report.run.curves), start=1):
         yield f"training-{number}", drawing
     if report.run.methods:
@@ -263,9 +282,8 @@ def title(report: Report) -> str:
 
 def lead(report: Report) -> str:
     """The adapter in one sentence."""
-    network = (report.config.auto_mapping or {}).get("base_model_class")
     base = Path(report.base).name if report.base else None
-    of = f"{network} ({base})" if network and base else network or base or "a base model that it does not name"
+    of = f"{report.model} ({base})" if report.model and base else report.model or base or "a base that it does not name"
     count = len(report.layers)
     return f"Low-rank Tucker updates of {count} {'weight' if count == 1 else 'weights'} in {of}."
 
