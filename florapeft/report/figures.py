@@ -130,7 +130,7 @@ def _draw_spectra(figure: Figure, colors: dict[str, str], modes: Sequence[str], 
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.set_yticks([0, 0.5, 0.9, 1], ["0%", "50%", "90%", ""])
     for axes, title in ((left, "singular values"), (right, "energy kept")):
-        axes.set_title(title, loc="left", fontsize=11.5, color=colors["muted"], pad=5)
+        axes.set_title(title, loc="left", fontsize=11.5, color=colors["muted"], pad=9)
         axes.set_xlim(0.9, max(map(len, energies)) + 0.1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _legend(figure, *left.get_legend_handles_labels())
