@@ -314,6 +314,7 @@ class TestRun:
                 "runs": [
                     {"seed": 3, "accuracy": 0.90, "losses": [[20, 2.0], [40, 1.0]]},
                     {"seed": 5, "accuracy": 0.92, "losses": []},
+                    {"seed": 7, "accuracy": None, "losses": [[20, None], [40, 3.0]]},
                 ],
             }
         ],
@@ -335,7 +336,10 @@ class TestRun:
         assert run.metric == "accuracy"
         assert run.methods[0].values == {3: 0.90, 5: 0.92}
         assert run.methods[0].mean == 0.91
-        assert [(curve.label, curve.steps, curve.values) for curve in run.curves] == [("FLoRA", [20, 40], [2.0, 1.0])]
+        assert [(curve.label, curve.steps, curve.values) for curve in run.curves] == [
+            ("FLoRA", [20, 40], [2.0, 1.0]),
+            ("FLoRA", [40], [3.0]),
+        ]
         assert run.versions == {"torch": "2.13.0", "commit": "0123456789ab"}
         assert run.command == f"flora train {place}/adapter/job.yaml output={place}-again"
 

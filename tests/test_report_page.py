@@ -221,6 +221,19 @@ def test_a_fresh_adapter_has_a_page_that_says_so(tmp_path):
     assert texts.count("The update is zero.") == 2
 
 
+def test_a_base_that_has_only_some_of_the_weights(adapter, tmp_path):
+    weight = torch.ones(8, 3, 3, 3)
+    safetensors.torch.save_file({"0.weight": weight}, tmp_path / "base.safetensors")
+    record = write_report(adapter, tmp_path / "r.html", base=str(tmp_path / "base.safetensors"))
+    first, *others = record["layers"]
+    assert first["relative"] == pytest.approx(first["norm"] / weight.norm().item())
+    assert [layer["relative"] for layer in others] == [None] * 3
+    page = Page((tmp_path / "r.html").read_text())
+    shown = short(first["relative"])
+    assert f"median; {shown} to {shown}" in [text for _, text in page.texts]
+    assert [a["data-v"] for a in page.all("td", class_="bar")][1:] == ["-1"] * 3
+
+
 def many_layers(folder, count):
     """An adapter of a large ConvNet, without the network."""
     tensors = {}
@@ -273,7 +286,7 @@ class TestParts:
         assert shown_block("", "") == "top level"
 
     def test_ramp(self):
-        step = ramp([0.1, 0.2, 0.8, None])
+        step = ramp([0.1, 0.2, 0.8])
         assert [step(value) for value in (None, 0.0, 0.1, 0.2, 0.4, 0.8)] == [0, 0, 1, 2, 4, 7]
         step = ramp([1e-4, 1e-2, 1.0])
         assert [step(value) for value in (1e-4, 1e-2, 1.0)] == [0, 4, 7]

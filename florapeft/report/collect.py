@@ -10,16 +10,18 @@ from math import prod
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from florapeft._peft_type import FLORA
 from florapeft.checkpoint import PREFIX
 from florapeft.config import FloraConfig
+from florapeft.layer import FloraLayer
 from florapeft.report.base import Network, Slot, build_network, find_base, find_weight, unknown_slot, weight_norm
 from florapeft.report.measure import Measures, measure
 from florapeft.report.run import Run, read_run
 from florapeft.sources import FileWeights, Weights, open_weights
+from florapeft.target_ranks import from_pattern
+from florapeft.targets import Target
 from florapeft.train.evaluate import adapter_folder
 from florapeft.tucker import Tucker, validate_tucker
 
@@ -102,6 +104,11 @@ class Report:
     def is_relative(self) -> bool:
         """Whether updates can be compared with their weights."""
         return any(layer.relative is not None for layer in self.layers)
+
+    @property
+    def strengths(self) -> list[float]:
+        """The strengths that are known; of an adapter that nothing is known of, a zero."""
+        return [value for layer in self.layers if (value := self.strength(layer)) is not None] or [0.0]
 
     def strength(self, layer: Layer) -> float | None:
         """What the map is coloured by: ‖dW‖ / ‖W‖ if the base is at hand, else ‖dW‖."""
@@ -231,7 +238,7 @@ def _open_base(
         try:
             network = build_network(path, adapted)
         except Exception as error:  # whatever a model's own code raises: the page does without the order of layers
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             notes.append(f"The base's network cannot be built, so layers stand in the order of their names: {reason}.")
     try:
         weights = open_weights(path, "base")
@@ -291,9 +298,8 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _layer(slot: Slot, module: str, weight: str | None, tucker: Tucker, config: FloraConfig) -> Layer:
-    pattern = config.scale_pattern
-    keys = [get_pattern_key(pattern.keys(), name) for name in (slot.name, module)]
-    scale = float(next((pattern[key] for key in keys if key in pattern), config.scale))
+    target = Target(slot.name, module, weight or "weight", FloraLayer, slot.shape, channel_modes=())
+    scale = float(from_pattern(config.scale_pattern, target, config.scale))
     core, factors = tucker.core.double(), list(tucker.factors)
     if slot.padding is not None:  # as the layer has it
         if factors[0] is None:

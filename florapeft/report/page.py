@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import groupby, takewhile
+from itertools import count, groupby, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def write_report(
     record = summary(report) | {"report": str(output), "bytes": len(page.encode())}
     if pictures is not None:
         record["png"] = str(pictures)
+        say("writing the figures")
         with atomic_folder(pictures, replace=True) as folder:
             for name, drawing in pictures_of(report, blocks):
                 drawing.png(folder / f"{name}.png")
@@ -108,7 +109,7 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
     environment.filters |= {"short": short, "exact": exact, "count": "{:,}".format, "percent": percent}
     environment.filters |= {"figure": figure, "fact": fact, "share": "{:.0%}".format}
     layers = [cell for block in blocks for cell in block.cells if cell.number is not None]
-    strengths = [report.strength(cell.part) or 0.0 for cell in layers]
+    strengths = report.strengths
     run, prefix = report.run, common_prefix([layer.slot.name for layer in report.layers])
     return environment.get_template("page.html").render(
         report=report,
@@ -116,7 +117,7 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
         blocks=blocks,
         layers=layers,
         details=details(layers, say),
-        opened=layers[max(range(len(layers)), key=strengths.__getitem__)].number,
+        opened=max(layers, key=lambda cell: report.strength(cell.part) or 0.0).number,
         with_names=len(report.network) <= _NAMED,
         has_saved=any(isinstance(part, Other) and part.is_saved for part in report.network),
         has_others=any(isinstance(part, Other) and not part.is_saved for part in report.network),
@@ -145,9 +146,8 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
 
 def blocks_of(report: Report) -> Iterator[Block]:
     """The network cut where the numbers in its names change: a block per layer of a transformer, stage of a ConvNet."""
-    strengths = [report.strength(layer) for layer in report.layers]
-    step = ramp(strengths)
-    numbers = iter(range(1, len(strengths) + 1))
+    step = ramp(report.strengths)
+    numbers = count(1)
     for name, parts in groupby(report.network, key=lambda part: block_name(part.slot.name)):
         cells = []
         for part in parts:
@@ -177,13 +177,13 @@ def shared_labels(blocks: Sequence[Block]) -> list[str]:
     return list(labels) if count > 2 and count * len(labels) > sum(len(block.cells) for block in blocks) / 2 else []
 
 
-def is_logarithmic(strengths: Sequence[float | None]) -> bool:
+def is_logarithmic(strengths: Sequence[float]) -> bool:
     """Whether strengths differ so much that the map's steps stand for equal ratios."""
     known = [value for value in strengths if value]
     return bool(known) and max(known) > _SPREAD * min(known)
 
 
-def ramp(strengths: Sequence[float | None]) -> Callable[[float | None], int]:
+def ramp(strengths: Sequence[float]) -> Callable[[float | None], int]:
     """Which step of the map's ramp stands for a strength: the first for none, the last for the largest."""
     known = [value for value in strengths if value]
     scale: Callable[[float], float] = math.log if is_logarithmic(strengths) else float
@@ -235,7 +235,7 @@ def pictures_of(report: Report, blocks: list[Block]) -> Iterator[tuple[str, figu
     """Every figure of the page with the name of its file."""
     prefix = common_prefix([layer.slot.name for layer in report.layers])
     steps = [(shown_block(block.name, prefix), [cell.step for cell in block.cells]) for block in blocks]
-    strengths = [report.strength(layer) or 0.0 for layer in report.layers]
+    strengths = report.strengths
     measured = "‖ΔW‖ / ‖W‖" if report.is_relative else "‖ΔW‖"
     yield "network", figures.network(steps, f"{measured}: {short(min(strengths))}", short(max(strengths)))
     for number, drawing in enumerate(figures.curves(report.run.curves), start=1):
@@ -296,7 +296,7 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
         ("trained parameters", f"{report.parameters:,}", share),
         ("weights adapted", str(len(report.layers)), f"of {len(report.network)}" if others else ""),
     ]
-    strengths = sorted(report.strength(layer) or 0.0 for layer in report.layers)
+    strengths = sorted(report.strengths)
     what = "‖ΔW‖ / ‖W‖" if report.is_relative else "‖ΔW‖"
     spread = f"median; {short(strengths[0])} to {short(strengths[-1])}"
     found.append((what, short(statistics.median(strengths)), spread))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,13 @@ def _methods(records: list[dict[str, Any]]) -> tuple[str, list[Method]]:
     methods = [
         Method(
             label=str(record.get("label", record.get("method", "?"))),
-            values={run.get("seed", number): run[metric] for number, run in enumerate(record.get("runs", []))},
+            values={
+                run.get("seed", number): run[metric]
+                for number, run in enumerate(record.get("runs", []))
+                if run.get(metric) is not None
+            },
             mean=record[f"{metric}_mean"],
-            deviation=record.get(f"{metric}_std", 0.0),
+            deviation=record.get(f"{metric}_std") or 0.0,
             parameters=record.get("parameters"),
             share=record.get("share_of_network"),
             seconds=record.get("seconds_mean"),
@@ -120,12 +126,12 @@ def _facts(results: dict[str, Any]) -> dict[str, int | float | str]:
 
 def _from_methods(records: list[dict[str, Any]]) -> list[Curve]:
     """The losses that a comparison keeps for every method and seed."""
-    return [
-        Curve("training loss", str(record.get("label", "?")), *map(list, zip(*run["losses"], strict=True)))
+    found = [
+        _curve("training loss", str(record.get("label", "?")), run.get("losses") or [])
         for record in records
         for run in record.get("runs", [])
-        if run.get("losses")
     ]
+    return [curve for curve in found if curve.steps]
 
 
 def _from_training(place: Path) -> list[Curve]:
@@ -162,9 +168,14 @@ def _from_log(folder: Path) -> list[Curve]:
 
 
 def _named(series: dict[str, list[tuple[int, float]]], names: dict[str, str]) -> list[Curve]:
-    return [
-        Curve(name, "", *map(list, zip(*series[key], strict=True))) for key, name in names.items() if series.get(key)
-    ]
+    found = [_curve(name, "", series.get(key, [])) for key, name in names.items()]
+    return [curve for curve in found if curve.steps]
+
+
+def _curve(metric: str, label: str, points: Sequence[Sequence[Any]]) -> Curve:
+    """A curve of `(step, value)`; a value that was not finite, which JSON has as null, is left out."""
+    known = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    return Curve(metric, label, [step for step, _ in known], [value for _, value in known])
 
 
 def _command(job: dict[str, Any] | None, folder: Path, place: Path) -> str:
