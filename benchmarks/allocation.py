@@ -1,8 +1,8 @@
 """Which rule should spend a budget? Rules compared at equal parameters, from the same start, on a convolutional task.
 
-ResNet-20, pretrained on CIFAR-10, is adapted to CIFAR-100 with 20 images per class. A new head is trained alone first, on
-the frozen network's features, which is the same for every rule; then head and adapter together, batch norms in eval mode.
-All rules start from the gradients of the same batches (`init_weights="gradient"`) and train at the same rate.
+ResNet-20, pretrained on CIFAR-10, is adapted to CIFAR-100 with 20 images per class. A new head is trained alone first,
+on the frozen network's features, which is the same for every rule; then head and adapter together, batch norms in eval
+mode. All rules start from the gradients of the same batches (`init_weights="gradient"`) and train at the same rate.
 
     nice python benchmarks/allocation.py --data ../shared/data     # writes benchmarks/results/allocation.json (resumes)
 """

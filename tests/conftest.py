@@ -2,8 +2,10 @@
 
 import os
 import random
+import runpy
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before anything imports the Hugging Face libraries, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +25,8 @@ import torch
 if IS_XDIST_WORKER:
     torch.set_num_threads(1)
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
 # A first example often includes a warm-up, so no deadline; in CI the same examples every time.
 hypothesis.settings.register_profile(
     "florapeft", deadline=None, print_blob=True, derandomize="CI" in os.environ, database=None
@@ -41,3 +45,26 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder that examples/tiny.py writes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    runpy.run_path(str(EXAMPLES / "tiny.py"))["main"](folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def jobs(tiny):
+    """The arguments that each example job needs to run on the tiny models and data."""
+    text = f"data.path={{train: {tiny}/text/train.csv, validation: {tiny}/text/validation.csv}}"
+    found = {
+        "image-classification": [f"data.path={tiny}/image/data", "data.columns.label=label"],
+        "text-classification": [text],
+        "causal-lm": [f"data.path={tiny}/causal/train.jsonl", "data.holdout=0.25"],
+    }
+    for task, arguments in found.items():
+        arguments.insert(0, str(EXAMPLES / f"{task}.yaml"))
+        arguments.insert(1, f"model={tiny}/{task.split('-')[0]}/model")
+    return found

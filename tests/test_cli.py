@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -23,29 +22,6 @@ from florapeft.train import merge as merge_module
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "florapeft.cli"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The folder that examples/tiny.py writes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    runpy.run_path(str(ROOT / "examples" / "tiny.py"))["main"](folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def jobs(tiny):
-    """The arguments that each example job needs to run on the tiny models and data."""
-    text = f"data.path={{train: {tiny}/text/train.csv, validation: {tiny}/text/validation.csv}}"
-    found = {
-        "image-classification": [f"data.path={tiny}/image/data", "data.columns.label=label"],
-        "text-classification": [text],
-        "causal-lm": [f"data.path={tiny}/causal/train.jsonl", "data.holdout=0.25"],
-    }
-    for task, arguments in found.items():
-        arguments.insert(0, str(ROOT / "examples" / f"{task}.yaml"))
-        arguments.insert(1, f"model={tiny}/{task.split('-')[0]}/model")
-    return found
 
 
 def flora(*arguments, code=0):

@@ -50,7 +50,11 @@ class DataSpec:
 
 @dataclasses.dataclass
 class Job:
-    """One fine-tuning job. `adapter` holds FloraConfig fields, `train` TrainingArguments fields."""
+    """One fine-tuning job. `adapter` holds FloraConfig fields, `train` TrainingArguments fields.
+
+    With `gradient_batches`, the gradients of so many batches choose the adapter's start, and its ranks where it has a
+    budget; before that a new head is trained alone for `warmup_head` epochs.
+    """
 
     task: str
     model: str
@@ -59,6 +63,8 @@ class Job:
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     labels: list[str] | None = None
+    gradient_batches: int | None = None
+    warmup_head: int | None = None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
@@ -159,11 +165,27 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
         if not isinstance(values["labels"], list):
             raise ValueError(f"{where}: labels must be a list of class names, got {_kind(values['labels'])}")
         values["labels"] = [str(label) for label in values["labels"]]
+    check_gradient_fields(values, where)
     values["train"] = {**TRAIN_DEFAULTS, **values["train"]}
     check_train_fields(values["train"], f"{where}: train")
     check_adapter_fields(values["adapter"], f"{where}: adapter")
     values["model"] = _absolute(values["model"])
     return Job(**values)
+
+
+def check_gradient_fields(values: Mapping[str, Any], where: str) -> None:
+    """What a job may say of its gradient pass."""
+    batches, epochs = values.get("gradient_batches"), values.get("warmup_head")
+    for key, value, least in (("gradient_batches", batches, 1), ("warmup_head", epochs, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{where}: {key} must be a whole number from {least}, got {value!r}")
+    if epochs is not None and batches is None:
+        raise ValueError(f"{where}: warmup_head is for a pass of gradients; give gradient_batches too")
+    if epochs and values["task"] == "causal-lm":
+        raise ValueError(f"{where}: warmup_head is for a new head, and task causal-lm has none")
+    start = values["adapter"].get("init_weights", "gradient")
+    if batches is not None and start != "gradient":
+        raise ValueError(f"{where}: gradient_batches and adapter.init_weights={start!r} contradict each other")
 
 
 def check_train_fields(train: Mapping[str, Any], where: str) -> None:

@@ -66,10 +66,15 @@ def load_skeleton(model: str) -> transformers.PreTrainedModel:
 
 def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
     """Attaches FLoRA with the job's `adapter` fields; a classifier's head is trained in full and saved along."""
-    fields = {"target_modules": "all-weights", **job.adapter}
+    return peft.get_peft_model(base, adapter_config(job, base))
+
+
+def adapter_config(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> FloraConfig:
+    """The job's `adapter` fields, with what follows from its task, and with `changes`."""
+    fields = {"target_modules": "all-weights", **job.adapter, **changes}
     if job.task == "image-classification":  # PEFT knows the heads of the other tasks by their task type
         fields.setdefault("modules_to_save", find_heads(base))
-    return peft.get_peft_model(base, FloraConfig(task_type=_TASK_TYPE[job.task], **fields))
+    return FloraConfig(task_type=_TASK_TYPE[job.task], **fields)
 
 
 def find_heads(model: nn.Module) -> list[str]:

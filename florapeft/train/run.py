@@ -14,6 +14,7 @@ import transformers
 from transformers.integrations import TensorBoardCallback
 
 from florapeft.train.data import Examples, load_examples, with_images
+from florapeft.train.gradients import attach_as_in, attach_by_gradients
 from florapeft.train.job import Job, load_job
 from florapeft.train.model import attach, load_base, load_collator
 from florapeft.train.record import versions
@@ -62,7 +63,7 @@ def run_job(
     transformers.set_seed(arguments.seed)
     base = load_base(job.task, job.model, examples.labels)
     collator = load_collator(job, base)
-    model = attach(job, base)
+    model, gradients = _attach(job, base, collator, examples, arguments, callbacks, checkpoint, say)
     trainer = make_trainer(job, model, collator, examples, arguments, callbacks)
     if arguments.process_index == 0:  # not before: a job that fails up to here leaves an empty folder
         atomic_write(output / JOB_FILE, job.to_yaml())
@@ -74,6 +75,8 @@ def run_job(
     metrics = evaluate(trainer) if "validation" in examples.splits else {}
     save_adapter(trainer, job, output / "adapter")
     record = describe(job, model, examples, trainer, metrics, checkpoint) | {"seconds": seconds}
+    if gradients:
+        record["gradients"] = gradients
     if arguments.process_index == 0:
         write_json(output / "results.json", record)
     return record
@@ -107,20 +110,20 @@ def check_same_job(job: Job, output: Path) -> None:
 
 def make_trainer(
     job: Job,
-    model: peft.PeftModel,
+    model: torch.nn.Module,
     collator: Callable,
     examples: Examples,
     arguments: transformers.TrainingArguments,
     callbacks: Iterable[transformers.TrainerCallback],
+    *,
+    quiet: bool = False,
 ) -> transformers.Trainer:
-    """A Trainer for the job; TensorBoard files go to `<output>/logs` unless the job names other reports."""
-    rows = dict(examples.splits)
-    if job.task == "image-classification":
-        rows = {role: with_images(job, split) for role, split in rows.items()}
-    if "validation" in rows and "eval_strategy" not in job.train:
+    """A Trainer for the job; TensorBoard files go to `<output>/logs` unless the job names other reports, or `quiet`."""
+    rows = _rows(job, examples)
+    if "validation" in rows and "eval_strategy" not in job.train and not quiet:
         arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
     callbacks = list(callbacks)
-    if "report_to" not in job.train:
+    if "report_to" not in job.train and not quiet:
         board = TensorBoardCallback()
         board.logging_dir = str(Path(job.output) / "logs")
         callbacks.append(board)
@@ -138,6 +141,37 @@ def make_trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)  # would print a dict for every logged step
     return trainer
+
+
+def _rows(job: Job, examples: Examples) -> dict[str, Any]:
+    """The splits as a Trainer reads them."""
+    if job.task == "image-classification":
+        return {role: with_images(job, split) for role, split in examples.splits.items()}
+    return dict(examples.splits)
+
+
+def _attach(
+    job: Job,
+    base: transformers.PreTrainedModel,
+    collator: Callable,
+    examples: Examples,
+    arguments: transformers.TrainingArguments,
+    callbacks: Iterable[transformers.TrainerCallback],
+    checkpoint: Path | None,
+    say: Say,
+) -> tuple[peft.PeftModel, dict[str, Any] | None]:
+    """The adapted model, and what its pass of gradients has cost, if there was one."""
+    if job.gradient_batches is None:
+        return attach(job, base), None
+    if checkpoint:  # it has been done when the run began
+        return attach_as_in(job, base, checkpoint), None
+
+    def train(model: torch.nn.Module, arguments: transformers.TrainingArguments) -> None:
+        trainer = make_trainer(job, model, collator, examples, arguments, callbacks, quiet=True)
+        trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward is its own again
+
+    return attach_by_gradients(job, base, _rows(job, examples)["train"], collator, arguments, train, say)
 
 
 def classification_loss(label_smoothing: float = 0.0) -> Callable:

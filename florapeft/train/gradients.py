@@ -1,0 +1,131 @@
+"""Start and ranks of a job's adapter from the gradients of its first batches, after its new head has been warmed up."""
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from florapeft import FloraConfig, allocate, initialize_from_gradients
+from florapeft.batch_norm import has_statistics
+from florapeft.targets import task_heads
+from florapeft.train.job import Job
+from florapeft.train.model import adapter_config
+
+Train = Callable[[nn.Module, transformers.TrainingArguments], Any]
+
+
+def attach_by_gradients(
+    job: Job,
+    base: transformers.PreTrainedModel,
+    rows: Any,
+    collator: Callable[[list[dict]], dict[str, torch.Tensor]],
+    arguments: transformers.TrainingArguments,
+    train: Train,
+    say: Callable[[str], None],
+) -> tuple[peft.PeftModel, dict[str, Any]]:
+    """Warm the head up, look at `job.gradient_batches` batches, and attach the adapter that they call for.
+
+    Args:
+        job: what to do; with `adapter.budget`, the gradients also choose the ranks.
+        base: the base model with a new head, if it has one; the head is trained, everything else is left as it is.
+        rows: the training examples.
+        collator: makes batches of them.
+        arguments: of the training itself; the warm-up trains likewise.
+        train: trains what wants gradients in a model, with these arguments.
+        say: called with a line at each stage.
+
+    Returns:
+        The model, and what this has cost: epochs of the head, batches, seconds.
+
+    Raises:
+        ValueError: there are fewer batches than asked for.
+    """
+    started, epochs = time.perf_counter(), warmup_epochs(job)
+    size = arguments.train_batch_size
+    available = -(-len(rows) // size)
+    if available < job.gradient_batches:
+        raise ValueError(
+            f"gradient_batches: {job.gradient_batches} batches of {size} were asked for, and {len(rows)} training "
+            f"examples make {available}"
+        )
+    if epochs:
+        say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
+        with _only_heads_trained(base):
+            train(base, _warmup_arguments(arguments, epochs))
+    say(f"looking at the gradients of {job.gradient_batches} batches")
+    base.to(arguments.device)
+    loader = torch.utils.data.DataLoader(
+        rows, size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(arguments.seed)
+    )
+    batches = itertools.islice(loader, job.gradient_batches)
+    config = adapter_config(job, base, init_weights="gradient")
+    if config.budget is not None and config.ranks is None:
+        model = peft.get_peft_model(base, allocate(base, config, batches, _loss))
+    else:
+        model = peft.get_peft_model(base, config)
+        initialize_from_gradients(model, batches, _loss)
+    seconds = time.perf_counter() - started
+    return model, {"warmup_epochs": epochs, "batches": job.gradient_batches, "seconds": seconds}
+
+
+def attach_as_in(job: Job, base: transformers.PreTrainedModel, checkpoint: Path) -> peft.PeftModel:
+    """The adapter with the ranks of a checkpoint, whose weights are to be loaded into it."""
+    ranks = FloraConfig.from_pretrained(str(checkpoint)).ranks
+    return peft.get_peft_model(base, adapter_config(job, base, init_weights="gradient", ranks=ranks))
+
+
+def warmup_epochs(job: Job) -> int:
+    """Epochs in which a new head is trained alone: as the job says, else one for a classifier."""
+    if job.warmup_head is not None:
+        return job.warmup_head
+    return 0 if job.task == "causal-lm" else 1
+
+
+def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) -> transformers.TrainingArguments:
+    """Those of the training, for so many epochs, with nothing saved, logged or measured."""
+    changed = copy.deepcopy(arguments)
+    changed.num_train_epochs, changed.max_steps, changed.report_to = epochs, -1, []
+    changed.eval_strategy = transformers.IntervalStrategy.NO
+    changed.save_strategy = transformers.trainer_utils.SaveStrategy.NO
+    changed.load_best_model_at_end = False
+    return changed
+
+
+@contextmanager
+def _only_heads_trained(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, only the heads want gradients, and batch norms keep their statistics."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    norms = [module for module in model.modules() if has_statistics(module)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    try:
+        model.requires_grad_(False)
+        for head in task_heads(model):
+            model.get_submodule(head).requires_grad_(True)
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of a classifier's classes or of a language model's next tokens."""
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    if batch["labels"].ndim > 1:
+        return model(**batch).loss
+    labels = batch.pop("labels")
+    return F.cross_entropy(model(**batch).logits.float(), labels)

@@ -1,0 +1,130 @@
+"""`flora train` with a pass of gradients: start and ranks from data, after the new head's warm-up."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import florapeft
+from florapeft.cli._app import app
+from florapeft.train import gradients
+from florapeft.train.job import parse_job
+
+SMALL = "train.per_device_train_batch_size=4"
+ADAPTER = [SMALL, "adapter.budget=0.1", "train.num_train_epochs=1", "gradient_batches=2"]
+
+
+def flora(*arguments, code=0):
+    """Runs the command in this process; returns what it printed to stdout and stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("task", ["image-classification", "text-classification", "causal-lm"])
+def test_ranks_and_start_come_from_gradients(task, jobs, tmp_path, monkeypatch):
+    seen = {}
+
+    def allocate(model, config, batches, loss):
+        seen["before"] = {key: value.clone() for key, value in model.state_dict().items()}
+        return florapeft.allocate(model, config, batches, loss)
+
+    monkeypatch.setattr(gradients, "allocate", allocate)
+    stdout, stderr = flora("train", *jobs[task], *ADAPTER, f"output={tmp_path / 'run'}", "--json")
+    record = json.loads(stdout)
+    epochs = 0 if task == "causal-lm" else 1
+    assert record["gradients"]["warmup_epochs"] == epochs
+    assert record["gradients"]["batches"] == 2
+    assert ("training the new head alone for 1 epoch" in stderr) == bool(epochs)
+    assert "looking at the gradients of 2 batches" in stderr
+    assert "trains from the default start" not in stderr
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["init_weights"], saved["allocation"]) == ("gradient", "spectrum")
+    assert saved["ranks"]
+    assert 0.05 < record["parameters"]["adapter"] / record["parameters"]["network"] <= 0.1
+    job = (tmp_path / "run" / "job.yaml").read_text()
+    assert "gradient_batches: 2" in job
+    measured = json.loads(flora("eval", tmp_path / "run", "--json")[0])
+    assert all(measured[key] == value for key, value in record["validation"].items())
+
+
+def test_without_a_budget_the_start_alone(jobs, tmp_path):
+    arguments = [*jobs["image-classification"], "gradient_batches=1", "warmup_head=0", "train.num_train_epochs=1"]
+    stdout, stderr = flora("train", *arguments, f"output={tmp_path / 'run'}", "--json")
+    assert "training the new head" not in stderr
+    assert json.loads(stdout)["gradients"]["warmup_epochs"] == 0
+
+
+def test_resuming_takes_the_ranks_of_the_checkpoint(jobs, tmp_path):
+    arguments = [
+        *jobs["image-classification"],
+        SMALL,
+        "adapter.budget=0.1",
+        "gradient_batches=2",
+        f"output={tmp_path / 'run'}",
+    ]
+    first = json.loads(flora("train", *arguments, "train.num_train_epochs=1", "--json")[0])
+    stdout, stderr = flora("train", *arguments, "train.num_train_epochs=2", "--resume", "--json")
+    second = json.loads(stdout)
+    assert second["resumed_from"]
+    assert second["steps"] == 2 * first["steps"]
+    assert "gradients" not in second
+    assert "looking at" not in stderr
+    assert "trains from the default start" not in stderr
+
+
+def test_too_few_batches(jobs, tmp_path):
+    arguments = [*jobs["image-classification"], "gradient_batches=1000", f"output={tmp_path / 'run'}"]
+    _, stderr = flora("train", *arguments, code=1)
+    assert "error: gradient_batches: 1000 batches of " in stderr
+    assert not list((tmp_path / "run").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_batches": 0}, "gradient_batches must be a whole number from 1, got 0"),
+        ({"gradient_batches": "many"}, "gradient_batches must be a whole number from 1, got 'many'"),
+        ({"warmup_head": 1}, "warmup_head is for a pass of gradients; give gradient_batches too"),
+        ({"gradient_batches": 1, "warmup_head": -1}, "warmup_head must be a whole number from 0, got -1"),
+        (
+            {"gradient_batches": 1, "warmup_head": 1, "task": "causal-lm"},
+            "warmup_head is for a new head, and task causal-lm has none",
+        ),
+        (
+            {"gradient_batches": 1, "adapter": {"init_weights": "released"}},
+            "gradient_batches and adapter.init_weights='released' contradict each other",
+        ),
+    ],
+)
+def test_bad_fields(changes, message):
+    with pytest.raises(ValueError, match=re.escape(f"job: {message}")):
+        parse_job({"task": "text-classification", "model": "m", "data": "d", "output": "o", **changes})
+
+
+def test_the_warm_up_moves_the_head_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm, self.classifier = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    model = Model().train()
+    model.body.bias.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with gradients._only_heads_trained(model):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert [id(p) for p in trained] == [id(p) for p in model.classifier.parameters()]
+        optimizer = torch.optim.SGD(trained, 0.1)
+        model.classifier(model.norm(model.body(torch.randn(8, 4)))).square().sum().backward()
+        optimizer.step()
+    after = model.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+    assert model.norm.momentum == 0.1
