@@ -153,6 +153,7 @@ class TestPage:
         # spectra of four layers, kernel and filters of none (their modes are not known), a comparison and losses
         drawn = [a["viewbox"] for a in page.all("svg")]
         assert len(drawn) == 4 + 3 + 2
+        assert "svg text { fill: var(--muted); text-anchor: middle; font-size: 10.5px; " in made[2].read_text()
         assert len([a for a in page.all("span") if a.get("class") == "cell other"]) == 1
         texts = [text for _, text in page.texts]
         assert "90.0% ± 1.0%" in " ".join(" ".join(texts).split())
@@ -305,14 +306,11 @@ class TestParts:
         )
         svg = drawing.svg()
         assert not re.search(r"#[0-9a-f]{6}", svg)
-        assert set(re.findall(r"var\(--([\w-]+)\)", svg)) == {
-            "ink",
-            "muted",
-            "line",
-            "series-0",
-            "series-1",
-            "series-2",
-        }
+        assert set(re.findall(r"var\(--([\w-]+)\)", svg)) == {"ink", "series-0", "series-1", "series-2"}
+        assert [looks["fill"] for looks in figures.USUAL.values()] == [
+            "var(--muted)",
+            "none",
+        ]  # what the page says once
         assert 'viewBox="0 0 340 ' in svg
         assert " id=" not in svg
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,7 +48,7 @@ SERIES = [role for role in THEME if role.startswith("series")]
 RAMP = [role for role in THEME if role.startswith("ramp")]
 POSITIVE, NEGATIVE = (0.23, 0.50, 0.78), (0.88, 0.48, 0.16)  # of taps; their size is the opacity, on any paper
 WIDTH = 340
-_LARGEST_NUMBERED = 7  # taps in a row up to which each has its number written in it
+_NUMBERED = 49  # taps up to which each has its number written in it
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -66,18 +66,24 @@ _STYLE = {
 }
 _SVG = "{http://www.w3.org/2000/svg}"  # the name of the format
 _LOOKS = ("fill", "stroke", "stroke-width", "opacity", "fill-opacity", "stroke-opacity", "text-anchor")
+# What most shapes look like; the page says it once.
+USUAL = {
+    "text": {"fill": "var(--muted)", "text-anchor": "middle", "font-size": "10.5px"},
+    "path": {"fill": "none", "stroke": "var(--line)", "stroke-width": "0.8"},
+}
 # One colour per role, which no figure has by chance.
 _STANDS_FOR = {role: f"#00f{number:03x}" for number, role in enumerate(THEME)}
+_ROLE_OF = {color: f"var(--{role})" for role, color in _STANDS_FOR.items()}
 
 
 class Drawing:
     """A figure before it is drawn: the same call makes it for the page and for a file."""
 
-    def __init__(self, width: float, height: float, draw: object, *arguments: object) -> None:
+    def __init__(self, width: float, height: float, draw: Callable[..., None], *arguments: object) -> None:
         self.width, self.height, self.draw, self.arguments = width, height, draw, arguments
 
     def svg(self) -> str:
-        """One `<svg>` element without ids, styles or anything to fetch, whose colours are `var(--role)`."""
+        """One `<svg>` element for a page that has the styles `USUAL`; its colours are `var(--role)`, it has no ids."""
         file = io.StringIO()
         with matplotlib.rc_context(_STYLE):
             self._figure(_STANDS_FOR).savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -153,7 +159,7 @@ def _draw_kernel(figure: Figure, colors: dict[str, str], slices: list[np.ndarray
         axes = _picture(figure, number * (cell * columns + 8) + 1, 1, part / top, cell, colors["line"])
         if len(slices) > 1:
             axes.set_title(f"{number + 1} of {len(slices)}", fontsize=9, color=colors["muted"], pad=2)
-        if cell >= 22:
+        if cell >= 22 and part.size * len(slices) <= _NUMBERED:
             for (row, column), value in np.ndenumerate(part / top):
                 axes.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=9)
 
@@ -333,10 +339,7 @@ def _for_page(text: str, width: float, height: float) -> str:
         "svg", {"viewBox": f"0 0 {width:g} {height:g}", "style": f"width:{width:g}px", "aria-hidden": "true"}
     )
     page.extend(_shapes(root, radii))
-    svg = ElementTree.tostring(page, encoding="unicode")
-    for role, color in _STANDS_FOR.items():
-        svg = svg.replace(color, f"var(--{role})")
-    return svg
+    return ElementTree.tostring(page, encoding="unicode")
 
 
 def _shapes(parent: ElementTree.Element, radii: dict[str, str]) -> Iterator[ElementTree.Element]:
@@ -362,6 +365,9 @@ def _shapes(parent: ElementTree.Element, radii: dict[str, str]) -> Iterator[Elem
 
 
 def _shape(tag: str, looks: dict[str, str], **numbers: str) -> ElementTree.Element:
-    """An element whose coordinates are given to a hundredth of a pixel."""
-    rounded = {key: re.sub(r"(\d+\.\d\d)\d+", r"\1", value) for key, value in numbers.items()}
-    return ElementTree.Element(tag, {**rounded, "style": ";".join(f"{key}:{value}" for key, value in looks.items())})
+    """An element whose coordinates are given to a tenth of a pixel, with what is unusual of its looks."""
+    shape = ElementTree.Element(tag, {key: re.sub(r"(\d+\.\d)\d+", r"\1", value) for key, value in numbers.items()})
+    named = {key: _ROLE_OF.get(value, value) for key, value in looks.items()}
+    if style := ";".join(f"{key}:{value}" for key, value in named.items() if USUAL.get(tag, {}).get(key) != value):
+        shape.set("style", style)
+    return shape

@@ -124,6 +124,7 @@ def render(report: Report, blocks: list[Block], command: str, say: Callable[[str
         ramp_ends=(min(strengths), max(strengths)),
         is_log=is_logarithmic(strengths),
         theme=figures.THEME,
+        usual=figures.USUAL,
         ramp=figures.RAMP,
         series=figures.SERIES,
         shares=SHARES,
