@@ -111,18 +111,23 @@ def train(task: tasks.Task, rule: str, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    task = tasks.TASKS["cifar100"](parser.parse_args().data)
-    path = record.RESULTS / "allocation.json"
-    results = record.read(path)
-    results |= {"setting": SETTING, "budget": SHARE}
-    runs = results.setdefault("runs", [])
-    for seed in SEEDS:
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
+    arguments = parser.parse_args()
+    task, path = tasks.TASKS["cifar100"](arguments.data), record.RESULTS / "allocation.json"
+    for seed in arguments.seeds:
         for rule in RULES:
-            if any((run["rule"], run["seed"]) == (rule, seed) for run in runs):
+            if any((run["rule"], run["seed"]) == (rule, seed) for run in record.read(path).get("runs", [])):
                 continue
-            runs.append(train(task, rule, seed))
-            print({key: value for key, value in runs[-1].items() if key != "ranks"}, flush=True)
+            run = train(task, rule, seed)
+            print({key: value for key, value in run.items() if key != "ranks"}, flush=True)
+            results = record.read(path)  # anew: another process may run other seeds on another core
+            results |= {"setting": SETTING, "budget": SHARE}
+            results.setdefault("runs", []).append(run)
             record.write(path, results)
+    results = record.read(path)
+    runs = results.get("runs", [])
+    if len(runs) < len(RULES) * len(SEEDS):
+        return
     results["summary"] = {}
     for rule in RULES:
         scores = [run["test"] for run in runs if run["rule"] == rule]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from florapeft.batch_norm import forget_warning
 from florapeft.config import FloraConfig
 from florapeft.kinds import WeightLayer, adapted_kind
 from florapeft.layer import FloraLayer
@@ -186,9 +187,10 @@ def plan(model: nn.Module, config: FloraConfig, *, inputs: Any = None) -> Plan:
     activations = None
     if inputs is not None:
         try:
+            forget_warning(adapted.modules())
             with _ValuesAreOne():
                 activations = saved_bytes(adapted, _forward(adapted.train(), inputs))
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, AssertionError) as error:  # the last by torchao
             first = str(error).strip().splitlines()[0]
             notes.append(f"activations are not known: the forward does not run without values ({first})")
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]

@@ -179,6 +179,16 @@ class TestPass:
         assert sums.keys() == {"lin"}
         assert caplog.messages == [f"no gradient reached {len(NAMES) - 1} of {len(NAMES)} weights to adapt, as embed"]
 
+    def test_every_process_adds_the_gradients_of_all(self, monkeypatch):
+        """Here of two processes that have the same batches."""
+        model = net()
+        alone = gradient_sums(model, self.weights(model), batches(), loss)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))
+        both = gradient_sums(model, self.weights(model), batches(), loss)
+        for name, found in alone.items():
+            torch.testing.assert_close(both[name].value.core, 2 * found.value.core)
+
     def test_a_weight_in_two_targets(self):
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
         model[1].weight = model[0].weight

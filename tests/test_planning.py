@@ -100,6 +100,11 @@ class TestPlan:
         assert found.notes[0].startswith("activations are not known: the forward does not run without values (")
         assert str(found).endswith(f"note: {found.notes[0]}")
 
+    def test_is_not_taken_for_training(self, caplog):
+        with caplog.at_level("WARNING", logger="florapeft"):
+            plan(Net(), FloraConfig(r=1, init_weights="gradient", target_modules="all-weights"), inputs=INPUTS)
+        assert not caplog.messages
+
     def test_masked_text(self):
         config = tf.BertConfig(
             num_hidden_layers=1, hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=50
