@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -87,9 +88,15 @@ def flops(step: Step) -> int:
     def added(count: Callable[..., int]) -> Callable[..., int]:
         return lambda _, a, b, *__, **___: count(a, b)
 
+    def backward(gradient: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+        transposed, wanted = rest[4], rest[7]
+        positions = math.prod((x if transposed else gradient)[2:]) * gradient[0]
+        return 2 * positions * math.prod(weight) * sum(wanted[:2])
+
     aten = torch.ops.aten
-    in_place = {aten.addmm_: added(product), aten.baddbmm_: added(batched)}  # torch's own table lacks them
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    # Torch's own table lacks the former two, and takes grouped convolutions for full ones in the latter.
+    more = {aten.addmm_: added(product), aten.baddbmm_: added(batched), aten.convolution_backward: backward}
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
         step()
     return counter.get_total_flops()
 
