@@ -87,6 +87,18 @@ def test_eval_of_the_saved_adapter_is_the_validation_figure(task, trained):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_report_of_a_run(task, trained, tmp_path):
+    output, run, _ = trained[task]
+    record = json.loads(flora("report", output, "-o", tmp_path / "report.html", "--json")[0])
+    assert record["notes"] == []  # the base is at hand: its network, and every weight
+    assert all(layer["relative"] > 0 for layer in record["layers"])
+    assert record["parameters"] == run["parameters"]["adapter"]
+    page = (tmp_path / "report.html").read_text()
+    for shown in ("validation loss", "the order of the network", f"flora train {output}/adapter/job.yaml"):
+        assert shown in page
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_merge_gives_what_peft_gives(task, trained, tiny, tmp_path):
     output, _, _ = trained[task]
     record = json.loads(flora("merge", output, "-o", tmp_path / "merged", "--json")[0])
