@@ -18,12 +18,13 @@ from typing import Any
 import measure
 import record
 import torch
-from methods import METHODS, exactly, fitting, shared, trainable
+from methods import METHODS
 from networks import NETWORKS, Network
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from florapeft import FloraConfig
+from florapeft.train.fitting import exactly, fitting, shared, trainable
 
 ON = ("resnet18-32", "diffusion", "bert", "llama")
 COUNTS = (1, 2, 4)  # of adapters, at once on the whole batch or each on a part of it
@@ -43,7 +44,7 @@ def examine(network: Network, repetitions: int) -> dict[str, Any]:
     base = network.model().eval()
     loss, layers = network.loss(), network.target_names(base)
     goal = trainable(METHODS["FLoRA"].variants[0](shared(base), layers, network.rank, []))
-    ranks = {"FLoRA": network.rank, "LoRA": fitting(METHODS["LoRA"], base, layers, goal)[1]}
+    ranks = {"FLoRA": network.rank, "LoRA": fitting(METHODS["LoRA"].variants, base, layers, goal).rank}
     models = {
         name: adapters(config, shared(base), layers, ranks[name])
         for name, config in (("FLoRA", FloraConfig), ("LoRA", LoraConfig))

@@ -1,34 +1,28 @@
 """The ways of training a network that are compared, each with as many trainable parameters as FLoRA at its rank.
 
-`METHODS` names them. A rank that fits FLoRA's number is searched for every other method: the largest common rank that
-stays below, and one more in as many layers, spread over the depth, as come closest.
+`METHODS` names them. `florapeft.train.fitting` searches for the rank at which each has FLoRA's number.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from networks import Network
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from florapeft import FloraConfig
 from florapeft.contract import ROUTES
-
-WITHIN = 0.02  # how far from FLoRA's number of parameters counts as equal
-
-Attach = Callable[[nn.Module, list[str], int, list[str]], nn.Module]
+from florapeft.train.fitting import RIVALS, Attach, attaches, exactly, fitting, shared, trainable
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def prepare(network: Network, names: list[str], attaches: int = 3) -> dict[str, 
     def attach(method: Method, layers: list[str]) -> Attached:
         fit = (method.variants[0], network.rank, [])
         if method.fitted:
-            fit = fitting(method, base, layers, goal)
+            fit = fitting(method.variants, base, layers, goal)[:3]
         seconds = []
         for _ in range(attaches):
             model, began = shared(base), time.perf_counter()
@@ -113,81 +107,17 @@ def prepare(network: Network, names: list[str], attaches: int = 3) -> dict[str, 
     return result
 
 
-def fitting(method: Method, base: nn.Module, layers: list[str], goal: int) -> tuple[Attach, int, list[str]]:
-    """The variant, the rank and the layers with one rank more that come closest to `goal` parameters."""
-    best, miss = None, float("inf")
-    for attach in method.variants:
-        rank, raised, total = _ranks(partial(_counts, attach, base, layers), layers, goal)
-        if abs(total / goal - 1) < miss:
-            best, miss = (attach, rank, raised), abs(total / goal - 1)
-        if miss <= WITHIN:
-            break
-    return best
-
-
-def _ranks(counts: Callable[[int], dict[str, int]], layers: list[str], goal: int) -> tuple[int, list[str], int]:
-    known: dict[int, dict[str, int]] = {}
-
-    def total(rank: int) -> int:
-        known.setdefault(rank, counts(rank))
-        return sum(known[rank].values())
-
-    low, high = 1, 2
-    while total(high) <= goal and high < 1024:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if total(middle) <= goal else (low, middle)
-    have, raised = total(low), []
-    total(low + 1)
-    stride = max(1, len(layers) // 5)  # neighbours are alike: go over the depth in strides
-    for layer in [layer for first in range(stride) for layer in layers[first::stride]]:
-        more = known[low + 1][layer] - known[low][layer]
-        if have < goal and abs(have + more - goal) < abs(have - goal):
-            raised.append(layer)
-            have += more
-    return low, raised, have
-
-
-def _counts(attach: Attach, base: nn.Module, layers: list[str], rank: int) -> dict[str, int]:
-    """Trainable parameters by layer."""
-    model = attach(shared(base), layers, rank, [])
-    counts = dict.fromkeys(layers, 0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").removeprefix("adapters.").replace("/", ".")
-            owner = max((layer for layer in layers if name.startswith(f"{layer}.")), key=len)
-            counts[owner] += parameter.numel()
-    return counts
-
-
-def shared(model: nn.Module) -> nn.Module:
-    """A copy of the model around the same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 # PEFT's methods, FLoRA among them
 
 
-def exactly(names: list[str]) -> str:
-    return "^(?:" + "|".join(map(re.escape, names)) + ")$"
-
-
-def peft(config: type, **settings: Any) -> Attach:
-    def attach(model: nn.Module, layers: list[str], rank: int, raised: list[str]) -> nn.Module:
-        pattern = {"rank_pattern": {exactly(raised): rank + 1}} if raised else {}
-        return get_peft_model(model, config(r=rank, target_modules=exactly(layers), **pattern, **settings))
-
-    return attach
+def flora_at(model: nn.Module, layers: list[str], rank: int, raised: list[str]) -> nn.Module:
+    pattern = {"rank_pattern": {exactly(raised): rank + 1}} if raised else {}
+    return get_peft_model(model, FloraConfig(r=rank, target_modules=exactly(layers), **pattern))
 
 
 def flora(route: str = "auto", *, lean: bool = False) -> Method:
     def attach(*given: Any) -> nn.Module:
-        model = peft(FloraConfig)(*given)
+        model = flora_at(*given)
         model.base_model.set_route(route)
         model.base_model.set_recompute(lean)
         return model
@@ -196,7 +126,7 @@ def flora(route: str = "auto", *, lean: bool = False) -> Method:
 
 
 def merged_flora(model: nn.Module, *given: Any) -> nn.Module:
-    return peft(FloraConfig)(copy.deepcopy(model), *given).merge_and_unload().requires_grad_(False)
+    return flora_at(copy.deepcopy(model), *given).merge_and_unload().requires_grad_(False)
 
 
 # Methods that are not PEFT's
@@ -308,10 +238,7 @@ METHODS: dict[str, Method] = {
     **{f"FLoRA:{route}": flora(route) for route in ROUTES},
     "FLoRA:merged": Method((merged_flora,), fitted=False, **_BY_HAND),
     "released": Method((released,), _merge_released(1), _merge_released(-1), _save),
-    "LoRA": Method((peft(LoraConfig),)),
-    "DoRA": Method((peft(LoraConfig, use_dora=True),)),
-    "LoHa": Method((peft(LoHaConfig), peft(LoHaConfig, use_effective_conv2d=True))),
-    "LoKr": Method(tuple(peft(LoKrConfig, decompose_factor=factor) for factor in (-1, 16, 8, 4, 2))),
+    **{RIVALS[name].label: Method(attaches(name)) for name in ("lora", "dora", "loha", "lokr")},
     "LoCon": Method((locon(bypass=False),), _merge_lycoris, _nothing, _save),
     "LoCon:bypass": Method((locon(bypass=True),), _merge_lycoris, _nothing, _save),
 }

@@ -61,7 +61,7 @@ def train(task: tasks.Task, setting: Setting, start: str, rate: float, seed: int
         weight_decay=setting.weight_decay,
     )
     steps = setting.epochs * len(tasks.batches(task.train, setting.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tasks.warm_cosine(step, steps))
     began = time.perf_counter()
     for _ in range(setting.epochs):
         model.train()
@@ -186,13 +186,6 @@ def sweep(path: Path) -> None:
                     rows.append({"kind": kind, "width": width, "start": start, "rate": rate, "loss_ratio": ratio})
                     print(rows[-1], flush=True)
                     record.write(path, results)
-
-
-def _warm_cosine(step: int, steps: int) -> float:
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warm) / max(1, steps - warm))).item())
 
 
 def main() -> None:

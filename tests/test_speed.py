@@ -9,10 +9,11 @@ import per_network
 import pytest
 import speed
 import torch
-from methods import METHODS, WITHIN, prepare
+from methods import METHODS, prepare
 from torch import nn
 
 from florapeft.contract import Conv, contract
+from florapeft.train.fitting import WITHIN
 from florapeft.tucker import Tucker
 
 LYCORIS = {"LoCon", "LoCon:bypass"}  # not among our dependencies

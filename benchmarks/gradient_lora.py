@@ -1,0 +1,73 @@
+"""LoRA with what FLoRA is given: its start and its ranks from the gradients of a few batches.
+
+PEFT's LoRA-GA and EVA take linear layers alone. Here A is the leading right singular vectors of the gradient of the
+weight, flattened to a matrix of `(out, rest)`, B is zero, and ranks go to the singular values that hold most energy
+per parameter, with every layer's energy scaled to its number of weights.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from florapeft.train.fitting import exactly
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """The summed gradients of the layers' weights, each of shape `(out, rest)`; the model is as it was afterwards."""
+    was = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    weights = {name: model.get_submodule(name).weight for name in layers}
+    model.eval().requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in batches:
+        loss(model, batch).backward()
+    found = {name: weight.grad.flatten(1) for name, weight in weights.items()}
+    for parameter, wanted in was.items():
+        parameter.grad = None
+        parameter.requires_grad_(wanted)
+    return found
+
+
+def spectrum_ranks(found: dict[str, Tensor], budget: int) -> dict[str, int]:
+    """The rank of every layer by the energy per parameter of its gradient's singular values; 0 leaves a layer out."""
+    ranks, spent, queue = dict.fromkeys(found, 0), 0, []
+    energies = {}
+    for name, gradient in found.items():
+        energy = torch.linalg.svdvals(gradient).square()
+        energies[name] = (energy / energy.sum() * gradient.numel() / sum(gradient.shape)).tolist()
+        heapq.heappush(queue, (-energies[name][0], name))
+    while queue:
+        _, name = heapq.heappop(queue)
+        if spent + sum(found[name].shape) > budget:
+            continue
+        spent += sum(found[name].shape)
+        ranks[name] += 1
+        if ranks[name] < len(energies[name]):
+            heapq.heappush(queue, (-energies[name][ranks[name]], name))
+    return ranks
+
+
+def attach_with(model: nn.Module, ranks: dict[str, int], **fields: Any) -> PeftModel:
+    """LoRA with alpha = r, at these ranks."""
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    patterns = {exactly([name]): rank for name, rank in ranks.items()}
+    config = LoraConfig(target_modules=exactly(list(ranks)), rank_pattern=patterns, alpha_pattern=patterns, **fields)
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def start_from_gradients(model: PeftModel, found: dict[str, Tensor]) -> None:
+    """A of every layer becomes the leading right singular vectors; B stays zero."""
+    for name, module in model.get_base_model().named_modules():
+        if name in found and hasattr(module, "lora_A"):
+            weight = module.lora_A["default"].weight
+            directions = torch.linalg.svd(found[name], full_matrices=False).Vh[: len(weight)]
+            weight.copy_(directions.view_as(weight))
