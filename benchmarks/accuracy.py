@@ -1,7 +1,7 @@
 """Does FLoRA adapt better? Methods at equal trainable parameters on real networks and data.
 
 Every method begins with the same head, trained alone for one epoch, and takes its learning rate from the same grid, by
-the mean score of two seeds on the validation split; the test split is measured at that rate, over all seeds.
+its score on the validation split; the test split is measured at that rate, over all seeds.
 
     python benchmarks/accuracy.py cifar100                  # one task; goes on where it was stopped
     python benchmarks/accuracy.py cola --seeds 3            # fewer seeds; more of them can be added later
@@ -30,10 +30,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from florapeft import FloraConfig, FloraLayer, allocate, initialize_from_gradients
-from florapeft.train.fitting import RIVALS, Attach, adaptable, attaches, fitting, trainable
+from florapeft.train.fitting import RIVALS, Attach, adaptable, attaches, fitting
 from florapeft.train.trials import climb, difference, spread
 
-SEARCH_SEEDS = (0, 1)
 REFERENCE = "FLoRA, gradient start, ranks by spectrum"
 
 
@@ -48,6 +47,7 @@ class Setting:
         head_rate: of the head, in its first epoch and later.
         gradient_batches: how many batches a start from gradients sees.
         data: arguments of the task's data.
+        bf16: whether forward passes run under autocast to bfloat16; what is trained stays in float32.
     """
 
     targets: str | list[str]
@@ -58,11 +58,12 @@ class Setting:
     head_rate: float
     gradient_batches: int
     data: dict[str, int]
+    bf16: bool = False
 
 
 _BERT = ["query", "key", "value", "dense"]
 SETTINGS = {
-    "cifar100": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 1e-2, 16, {"per_class": 25}),
+    "cifar100": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 1e-2, 16, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
     "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
@@ -109,6 +110,17 @@ class Case:
         given = {"target_modules": self.setting.targets, "modules_to_save": [self.task.head], "budget": self.goal}
         return FloraConfig(**given, **fields)
 
+    def loss(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
+        with self.precision():
+            return self.task.loss(model, batch)
+
+    def score(self, model: nn.Module, split: tasks.Batch) -> float:
+        with self.precision():
+            return self.task.score(model, split)
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.bf16)
+
     def batches(self, seed: int) -> list[tasks.Batch]:
         """Some of the training batches, for what starts from gradients."""
         order = torch.randperm(len(self.task.train["labels"]), generator=torch.Generator().manual_seed(seed))
@@ -149,7 +161,7 @@ def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module
 
 def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """LoRA with a start, and maybe with ranks, from gradients."""
-    found = gradient_lora.gradients(model, case.layers, case.batches(seed), case.task.loss)
+    found = gradient_lora.gradients(model, case.layers, case.batches(seed), case.loss)
     if spectrum:
         ranks = gradient_lora.spectrum_ranks(found, case.goal)
         model, facts = gradient_lora.attach_with(model, ranks, modules_to_save=[case.task.head]), {"ranks": ranks}
@@ -163,11 +175,11 @@ def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tu
     """FLoRA; fields of its config, and `allocation="spectrum"`, which takes the ranks from gradients."""
     config = case.config(**fields)
     if config.allocation == "spectrum":
-        config = allocate(model, config, case.batches(seed), case.task.loss)
+        config = allocate(model, config, case.batches(seed), case.loss)
         return get_peft_model(model, config), {"ranks": config.ranks}
     model = get_peft_model(model, config)
     if config.init_weights == "gradient":
-        initialize_from_gradients(model, case.batches(seed), case.task.loss)
+        initialize_from_gradients(model, case.batches(seed), case.loss)
     return model, {"ranks": model.peft_config["default"].ranks}
 
 
@@ -178,7 +190,7 @@ METHODS: dict[str, Method] = {
     **{said.label: partial(rival, name) for name, said in RIVALS.items()},
     "LoRA, gradient start": partial(gradient_rival, False),
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
-    "FLoRA, released start": partial(flora, {"init_weights": "released"}),
+    "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
     "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
     REFERENCE: partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
@@ -199,7 +211,7 @@ def fit(case: Case, model: nn.Module, groups: dict[float, list[nn.Parameter]], e
             module.eval()
     for _ in range(epochs):
         for batch in tasks.batches(task.train, setting.batch_size, torch.randperm(len(task.train["labels"]))):
-            loss = task.loss(model, batch)
+            loss = case.loss(model, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -226,19 +238,19 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
         "method": method,
         "rate": rate,
         "seed": seed,
-        "validation": task.score(model, task.validation),
-        "test": task.score(model, task.test),
+        "validation": case.score(model, task.validation),
+        "test": case.score(model, task.test),
         "final_loss": loss if math.isfinite(loss) else None,
-        "parameters": trainable(model) - sum(parameter.numel() for parameter in head),
+        "parameters": sum(parameter.numel() for parameter in body),
         "start_seconds": round(started - began, 2),
         "seconds": round(seconds, 2),
         **facts,
     }
 
 
-def compare(case: Case, methods: list[str], seeds: int, path: Path | None) -> dict[str, Any]:
+def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path: Path) -> dict[str, Any]:
     """Searches a rate per method, then runs the other seeds at it; every finished run is kept in `path`."""
-    results = record.read(path) if path else {}
+    results = record.read(path)
     results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
     results["goal"], results["layers"] = case.goal, len(case.layers)
     results["examples"] = {part: len(getattr(case.task, part)["labels"]) for part in ("train", "validation", "test")}
@@ -251,23 +263,19 @@ def compare(case: Case, methods: list[str], seeds: int, path: Path | None) -> di
         runs.append(train(case, method, rate, seed))
         shown = {key: value for key, value in runs[-1].items() if key != "ranks"}
         print(case.name, shown, flush=True)
-        keep()
+        record.write(path, results)
         return runs[-1]
-
-    def keep() -> None:
-        if path:
-            record.write(path, results)
 
     for method in methods:
         score = lambda rate, method=method: statistics.mean(  # noqa: E731
-            run(method, rate, seed)["validation"] for seed in SEARCH_SEEDS[:seeds]
+            run(method, rate, seed)["validation"] for seed in range(search_seeds)
         )
         rate = climb(case.setting.rate, score)
         for seed in range(seeds):
             run(method, rate, seed)
         results.setdefault("rates", {})[method] = rate
         results["methods"] = summary(results)
-        keep()
+        record.write(path, results)
     return results
 
 
@@ -309,7 +317,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(SETTINGS)}; default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="of the figures on the test split")
+    parser.add_argument("--search-seeds", type=int, default=2, help="of the search for a rate")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="64 examples, one epoch, one seed; nothing is written")
@@ -327,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
             for method in given.methods:
                 print(name, train(case, method, case.setting.rate, 0)["method"], "runs", flush=True)
         else:
-            compare(case, given.methods, given.seeds, record.RESULTS / f"accuracy_{name}.json")
+            compare(case, given.methods, given.seeds, given.search_seeds, record.RESULTS / f"accuracy_{name}.json")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,7 @@ class Task:
         if "pixel_values" in batch:
             return model(pixel_values=batch["pixel_values"]).logits
         length = int(batch["attention_mask"].sum(1).max())
-        return model(
-            **{key: value[:, :length] for key, value in batch.items() if key != "labels"}
-        ).logits
+        return model(**{key: value[:, :length] for key, value in batch.items() if key != "labels"}).logits
 
     def augment(self, batch: Batch) -> Batch:
         """Random flip and shift by up to four pixels for images; text stays as it is."""

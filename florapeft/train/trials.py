@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import NamedTuple
 
-STEPS = 3  # of a grid of rates per factor of ten
+STEPS = 2  # of a grid of rates per factor of ten
 _T = (12.706, 4.303, 3.182, 2.776)  # the 97.5% quantiles of Student's t for 1 to 4 degrees of freedom
 _Z = 1.959964
 
@@ -25,7 +25,7 @@ def rate_at(middle: float, step: int) -> float:
     return float(f"{middle * 10 ** (step / STEPS):.1e}")
 
 
-def climb(middle: float, score: Callable[[float], float], reach: int = 6) -> float:
+def climb(middle: float, score: Callable[[float], float], reach: int = 4) -> float:
     """The rate of the grid around `middle` with the highest score, walking until both neighbours are no better.
 
     Args:
