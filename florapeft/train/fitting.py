@@ -57,7 +57,7 @@ def attaches(name: str, **fields: Any) -> tuple[Attach, ...]:
     ) -> nn.Module:
         given = {"r": rank, rival.alpha: rank, "target_modules": exactly(layers), **settings, **fields}
         if raised:
-            given["rank_pattern"] = {exactly(raised): rank + 1}
+            given["rank_pattern"] = given["alpha_pattern"] = {exactly(raised): rank + 1}
         return get_peft_model(model, rival.config(**given))
 
     return tuple(partial(attach, settings) for settings in rival.variants)

@@ -57,10 +57,7 @@ def attach_by_gradients(
             f"gradient_batches: {job.gradient_batches} batches of {size} were asked for, and {len(rows)} training "
             f"examples make {available}"
         )
-    if epochs:
-        say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
-        with _only_heads_trained(base):
-            train(base, _warmup_arguments(arguments, epochs))
+    warm_heads(base, epochs, arguments, train, say)
     say(f"looking at the gradients of {job.gradient_batches} batches")
     base.to(arguments.device)
     loader = torch.utils.data.DataLoader(
@@ -75,6 +72,20 @@ def attach_by_gradients(
         initialize_from_gradients(model, batches, _loss)
     seconds = time.perf_counter() - started
     return model, {"warmup_epochs": epochs, "batches": job.gradient_batches, "seconds": seconds}
+
+
+def warm_heads(
+    base: nn.Module,
+    epochs: int,
+    arguments: transformers.TrainingArguments,
+    train: Train,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Trains the heads of a base model alone for so many epochs, in place."""
+    if epochs:
+        say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
+        with _only_heads_trained(base):
+            train(base, _warmup_arguments(arguments, epochs))
 
 
 def attach_as_in(job: Job, base: transformers.PreTrainedModel, checkpoint: Path) -> peft.PeftModel:

@@ -71,10 +71,17 @@ def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
 
 def adapter_config(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> FloraConfig:
     """The job's `adapter` fields, with what follows from its task, and with `changes`."""
-    fields = {"target_modules": "all-weights", **job.adapter, **changes}
-    if job.task == "image-classification":  # PEFT knows the heads of the other tasks by their task type
-        fields.setdefault("modules_to_save", find_heads(base))
-    return FloraConfig(task_type=_TASK_TYPE[job.task], **fields)
+    return FloraConfig(**{"target_modules": "all-weights", **task_fields(job, base), **job.adapter, **changes})
+
+
+def task_fields(job: Job, base: transformers.PreTrainedModel) -> dict[str, Any]:
+    """The fields of a config of any of PEFT's methods that a job's task and its heads call for."""
+    fields: dict[str, Any] = {"task_type": _TASK_TYPE[job.task]}
+    if job.adapter.get("modules_to_save") is not None:
+        fields["modules_to_save"] = job.adapter["modules_to_save"]
+    elif job.task == "image-classification":  # PEFT knows the heads of the other tasks by their task type
+        fields["modules_to_save"] = find_heads(base)
+    return fields
 
 
 def find_heads(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ import transformers
 from transformers.integrations import TensorBoardCallback
 
 from florapeft.train.data import Examples, load_examples, with_images
-from florapeft.train.gradients import attach_as_in, attach_by_gradients
+from florapeft.train.gradients import Train, attach_as_in, attach_by_gradients
 from florapeft.train.job import Job, load_job
 from florapeft.train.model import attach, load_base, load_collator
 from florapeft.train.record import versions
@@ -63,7 +63,7 @@ def run_job(
     transformers.set_seed(arguments.seed)
     base = load_base(job.task, job.model, examples.labels)
     collator = load_collator(job, base)
-    model, gradients = _attach(job, base, collator, examples, arguments, callbacks, checkpoint, say)
+    model, gradients = attach_adapter(job, base, collator, examples, arguments, callbacks, checkpoint, say)
     trainer = make_trainer(job, model, collator, examples, arguments, callbacks)
     if arguments.process_index == 0:  # not before: a job that fails up to here leaves an empty folder
         atomic_write(output / JOB_FILE, job.to_yaml())
@@ -150,28 +150,36 @@ def _rows(job: Job, examples: Examples) -> dict[str, Any]:
     return dict(examples.splits)
 
 
-def _attach(
+def attach_adapter(
     job: Job,
     base: transformers.PreTrainedModel,
     collator: Callable,
     examples: Examples,
     arguments: transformers.TrainingArguments,
     callbacks: Iterable[transformers.TrainerCallback],
-    checkpoint: Path | None,
-    say: Say,
+    checkpoint: Path | None = None,
+    say: Say = lambda text: None,
 ) -> tuple[peft.PeftModel, dict[str, Any] | None]:
     """The adapted model, and what its pass of gradients has cost, if there was one."""
     if job.gradient_batches is None:
         return attach(job, base), None
     if checkpoint:  # it has been done when the run began
         return attach_as_in(job, base, checkpoint), None
+    train = trainer_of_heads(job, collator, examples, callbacks)
+    return attach_by_gradients(job, base, _rows(job, examples)["train"], collator, arguments, train, say)
+
+
+def trainer_of_heads(
+    job: Job, collator: Callable, examples: Examples, callbacks: Iterable[transformers.TrainerCallback]
+) -> Train:
+    """What trains a base model's heads before anything is attached to it."""
 
     def train(model: torch.nn.Module, arguments: transformers.TrainingArguments) -> None:
         trainer = make_trainer(job, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward is its own again
 
-    return attach_by_gradients(job, base, _rows(job, examples)["train"], collator, arguments, train, say)
+    return train
 
 
 def classification_loss(label_smoothing: float = 0.0) -> Callable:

@@ -1,0 +1,133 @@
+"""`flora compare` on the tiny jobs: equal parameters, rates from the validation split, resuming, bad input."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from florapeft.cli._app import app
+from florapeft.report.run import read_run
+from florapeft.train import compare
+
+
+def flora(*arguments, code=0):
+    """Runs the command in this process; returns what it printed to stdout and stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return result.stdout, result.stderr
+
+
+SHORT = ["train.max_steps=2", "train.per_device_train_batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def arguments(jobs):
+    """The tiny text job, with a part of its training file as validation split and its validation file as test."""
+    first, model, data = jobs["text-classification"][:3]
+    splits = ["data.splits={validation: 'train[:8]', train: 'train[8:]', test: validation}"]
+    return [first, model, data, *splits, *SHORT]
+
+
+@pytest.fixture(scope="module")
+def compared(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    options = ["--methods", "lora,head,full", "--seeds", "0,1", "--rates", "1e-3,1e-2", "-o", folder, "--json"]
+    return folder, json.loads(flora("compare", *arguments, *options)[0])
+
+
+def test_record(compared):
+    folder, record = compared
+    assert json.loads((folder / "results.json").read_text()) == record
+    assert [row["method"] for row in record["methods"]] == ["flora", "lora", "head", "full"]
+    flora_row, lora, head, full = record["methods"]
+    assert lora["is_equal"] == (abs(lora["parameters"] / flora_row["parameters"] - 1) <= 0.02)
+    assert head["parameters"] == 0
+    assert full["share_of_network"] == 1
+    assert len({row["head_parameters"] for row in record["methods"]}) == 1
+    assert len(record["trials"]) == 4 * 3  # two rates with the first seed, one with the second
+    for row in record["methods"]:
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+        searched = [t for t in record["trials"] if (t["method"], t["seed"]) == (row["method"], 0)]
+        best = max(t["validation_accuracy"] for t in searched)
+        assert next(t for t in searched if t["rate"] == row["rate"])["validation_accuracy"] == best
+    assert set(lora["difference"]) == {"mean", "low", "high"}
+    assert lora["difference"]["mean"] == pytest.approx(lora["accuracy_mean"] - flora_row["accuracy_mean"])
+    assert "difference" not in flora_row
+
+
+def test_folder_is_a_run(compared):
+    folder, record = compared
+    run = read_run(folder, folder / "adapter")
+    assert [method.label for method in run.methods] == ["FLoRA", "LoRA", "new head only", "full fine-tuning"]
+    assert run.metric == "accuracy"
+    measured = json.loads(flora("eval", folder, "--split", "test", "--json")[0])
+    assert measured["accuracy"] == record["methods"][0]["runs"][0]["accuracy"]
+
+
+def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, tmp_path):
+    folder, record = compared
+    results = json.loads((folder / "results.json").read_text())
+    results["trials"] = [t for t in results["trials"] if (t["method"], t["seed"]) != ("full", 1)]
+    (folder / "results.json").write_text(json.dumps({"trials": results["trials"]}))
+    trained, train = [], compare._train
+
+    def counted(comparison, method, rate, seed, callbacks):
+        trained.append((method, seed))
+        return train(comparison, method, rate, seed, callbacks)
+
+    monkeypatch.setattr(compare, "_train", counted)
+    options = ["--methods", "lora,head,full", "--seeds", "0,1", "--rates", "1e-3,1e-2", "-o", folder]
+    again = json.loads(flora("compare", *arguments, *options, "--resume", "--json")[0])
+    assert trained == [("full", 1)]
+    assert [row["accuracy_mean"] for row in again["methods"]] == [row["accuracy_mean"] for row in record["methods"]]
+    _, stderr = flora("compare", *arguments, "train.max_steps=3", *options, "--resume", code=1)
+    assert stderr.splitlines()[-1].startswith(f"error: cannot resume {folder}: it began with train = ")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_language_models_are_compared_by_perplexity(jobs, gradients, tmp_path):
+    first, model, data = jobs["causal-lm"][:3]
+    splits = "data.splits={test: 'train[:4]', train: 'train[4:]'}"
+    more = ["gradient_batches=1", "adapter.budget=0.02"] if gradients else []
+    options = ["--methods", "lokr", "--seeds", "3", "--rates", "1e-3", "-o", tmp_path / "run"]
+    stdout, _ = flora("compare", first, model, data, "data.holdout=0.25", splits, *SHORT, *more, *options)
+    assert "perplexity on the test split; mean ± standard deviation over 1 seeds" in " ".join(stdout.split())
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["methods"][1]["difference"]["low"] is None
+    assert record["methods"][0]["perplexity_mean"] > 1
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["init_weights"] == "gradient") == gradients
+
+
+def test_without_rates_a_walk_from_the_jobs_own(arguments, tmp_path, monkeypatch):
+    def train(comparison, method, rate, seed, callbacks):
+        score = -abs(rate - 3.2e-4)
+        run = {"method": method, "rate": rate, "seed": seed, "validation_accuracy": score, "accuracy": score}
+        counts = {"parameters": 1, "head_parameters": 1, "network_parameters": 1, "bytes": 1, "seconds": 1}
+        return {**run, **counts, "losses": []}
+
+    monkeypatch.setattr(compare, "_train", train)
+    options = ["--methods", "full", "--seeds", "0", "-o", tmp_path / "run", "--json"]
+    record = json.loads(flora("compare", *arguments, *options)[0])
+    assert [row["rate"] for row in record["methods"]] == [3.2e-4, 3.2e-4]
+    assert record["methods"][0]["rates"] == [1e-4, 3.2e-4, 1e-3, 3.2e-3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "lora,lohra"], "no method 'lohra'; did you mean 'loha'? (known: flora, lora, "),
+        (["--seeds", "0,0"], "seeds must be different whole numbers, at least one; got [0, 0]"),
+        (["--rates", "-1"], "rates must be positive numbers, at least one; got [-1.0]"),
+        (["data.splits={validation: validation}"], "has no split 'test'"),
+    ],
+)
+def test_bad_input_leaves_nothing(arguments, options, message, tmp_path):
+    _, stderr = flora("compare", *arguments, *options, "-o", tmp_path / "run", code=1)
+    assert message in stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage(arguments):
+    assert "a job file is needed first" in flora("compare", "adapter.r=4", code=2)[1]
+    assert "is not whole numbers" in flora("compare", *arguments, "--seeds", "1.5", code=2)[1].replace("\n", " ")
