@@ -88,8 +88,8 @@ def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, 
 def test_language_models_are_compared_by_perplexity(jobs, gradients, tmp_path):
     first, model, data = jobs["causal-lm"][:3]
     splits = "data.splits={test: 'train[:4]', train: 'train[4:]'}"
-    more = ["gradient_batches=1", "adapter.budget=0.02"] if gradients else []
-    options = ["--methods", "lokr", "--seeds", "3", "--rates", "1e-3", "-o", tmp_path / "run"]
+    more = ["gradient_batches=1", "adapter.budget=0.1"] if gradients else []
+    options = ["--methods", "lora", "--seeds", "3", "--rates", "1e-3", "-o", tmp_path / "run"]
     stdout, _ = flora("compare", first, model, data, "data.holdout=0.25", splits, *SHORT, *more, *options)
     assert "perplexity on the test split; mean ± standard deviation over 1 seeds" in " ".join(stdout.split())
     record = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -101,7 +101,7 @@ def test_language_models_are_compared_by_perplexity(jobs, gradients, tmp_path):
 
 def test_without_rates_a_walk_from_the_jobs_own(arguments, tmp_path, monkeypatch):
     def train(comparison, method, rate, seed, callbacks):
-        score = -abs(rate - 3.2e-4)
+        score = -abs(rate - 1.6e-4)
         run = {"method": method, "rate": rate, "seed": seed, "validation_accuracy": score, "accuracy": score}
         counts = {"parameters": 1, "head_parameters": 1, "network_parameters": 1, "bytes": 1, "seconds": 1}
         return {**run, **counts, "losses": []}
@@ -109,14 +109,14 @@ def test_without_rates_a_walk_from_the_jobs_own(arguments, tmp_path, monkeypatch
     monkeypatch.setattr(compare, "_train", train)
     options = ["--methods", "full", "--seeds", "0", "-o", tmp_path / "run", "--json"]
     record = json.loads(flora("compare", *arguments, *options)[0])
-    assert [row["rate"] for row in record["methods"]] == [3.2e-4, 3.2e-4]
-    assert record["methods"][0]["rates"] == [1e-4, 3.2e-4, 1e-3, 3.2e-3]
+    assert [row["rate"] for row in record["methods"]] == [1.6e-4, 1.6e-4]
+    assert record["methods"][0]["rates"] == [5e-5, 1.6e-4, 5e-4, 1.6e-3]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "lora,lohra"], "no method 'lohra'; did you mean 'loha'? (known: flora, lora, "),
+        (["--methods", "lora,lohra"], "no method 'lohra'; did you mean 'lora'? (known: flora, lora, "),
         (["--seeds", "0,0"], "seeds must be different whole numbers, at least one; got [0, 0]"),
         (["--rates", "-1"], "rates must be positive numbers, at least one; got [-1.0]"),
         (["data.splits={validation: validation}"], "has no split 'test'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -87,7 +88,9 @@ def adaptable(attach: Attach, base: nn.Module, layers: list[str]) -> tuple[list[
     refused = {}
     for (kind, is_grouped), names in kinds.items():
         try:
-            attach(shared(base), names[:1], 1, [])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                attach(shared(base), names[:1], 1, [])
         except Exception as error:  # whatever a library raises is what its users meet
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             refused["grouped " * is_grouped + kind.__name__] = (names, reason)
