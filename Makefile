@@ -35,6 +35,9 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan_memory.py
+	$(BIN)/python benchmarks/structure.py --data $(DATA)
+	$(BIN)/python benchmarks/extraction.py --data $(DATA)
+	$(BIN)/python benchmarks/extraction.py cost
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove .venv, build output and caches; results and adapters stay

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import performance
+import structure_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -193,7 +194,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-memory": plan_memory,
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
-    **{name: lambda build=build: _table(*build()) for name, build in performance.TABLES.items()},
+    **{
+        name: lambda build=build: _table(*build())
+        for name, build in (performance.TABLES | structure_tables.TABLES).items()
+    },
 }
 
 

@@ -116,7 +116,7 @@ class Extraction:
 
 def describe_lost(lost: Lost) -> str:
     """`name, norm of the change (share of the base's)`."""
-    share = "" if lost.relative is None else f" ({100 * lost.relative:.2g}% of the base's)"
+    share = "" if lost.relative is None else f" ({100 * lost.relative:.3g}% of the base's)"
     return f"{lost.name}, {lost.norm:.3g}{share}"
 
 

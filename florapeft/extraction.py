@@ -14,7 +14,6 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -107,31 +106,23 @@ def extract(
             f"none of the {len(targets)} targets differs between base and tuned: there is nothing to extract"
         )
 
-    updates = _Updates(model, config, survey, weights, device)
-    store = Store(work)
+    updates, store = _Updates(model, config, survey, weights, device), Store(work)
     if budget is None:
-        ranks = {name: cap_rank(rank, shape) for name, rank, shape in _configured(changed, config)}
+        configured = resolve_ranks(changed, config)
+        ranks = {target.name: cap_rank(configured[target.name], target.shape) for target in changed}
     else:
         ranks = _spend(budget, changed, config, updates, store, progress)
-    tuckers, fits = {}, []
-    for count, target in enumerate(changed):
-        progress("fitting", count, len(changed))
-        if target.name in ranks:
-            tuckers[target.name], error = _fit(target, ranks[target.name], updates, store)
-            parameters = tuckers[target.name].parameters
-            norm = survey.norms[target.name]
-            fits.append(WeightFit(target.name, target.shape, ranks[target.name], parameters, norm, error))
-        else:
-            survey.lost.append(survey.as_lost(target))
-    progress("fitting", len(changed), len(changed))
+    adapted = [target for target in changed if target.name in ranks]
+    tuckers, fits = _fit_all(adapted, ranks, updates, store, progress)
     kept = {key: read_kept(survey.places[name], weights, device) for key, name in kept_names.items()}
     final = replace(copy.deepcopy(config), ranks={name: list(tucker.rank) for name, tucker in tuckers.items()})
     result = _attach(model, final, adapter_name, tuckers, kept)
+    lost = [*survey.lost, *(survey.as_lost(target) for target in changed if target.name not in ranks)]
     result.extraction = Extraction(
         weights=tuple(fits),
         unchanged=tuple(target.name for target in targets if survey.norms[target.name] == 0),
         kept=tuple(sorted(kept_names.values())),
-        lost=tuple(sorted(survey.lost, key=lambda lost: -lost.norm)),
+        lost=tuple(sorted(lost, key=lambda one: -one.norm)),
     )
     return result
 
@@ -214,11 +205,6 @@ def _check_ranks(model: nn.Module, targets: list[Target], config: FloraConfig) -
     return None
 
 
-def _configured(targets: list[Target], config: FloraConfig) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    ranks = resolve_ranks(targets, config)
-    return ((target.name, ranks[target.name], target.shape) for target in targets)
-
-
 def _spend(
     budget: int, targets: list[Target], config: FloraConfig, updates: _Updates, store: Store, progress: Progress
 ) -> dict[str, tuple[int, ...]]:
@@ -248,6 +234,21 @@ def _spend(
     if note := describe_spending(choices, ranks, budget):
         logger.warning(note)
     return ranks
+
+
+def _fit_all(
+    targets: list[Target], ranks: dict[str, tuple[int, ...]], updates: _Updates, store: Store, progress: Progress
+) -> tuple[dict[str, Tucker], list[WeightFit]]:
+    """The Tucker tensors of all targets, and how well they fit."""
+    tuckers, fits = {}, []
+    for count, target in enumerate(targets):
+        progress("fitting", count, len(targets))
+        tucker, error = _fit(target, ranks[target.name], updates, store)
+        tuckers[target.name] = tucker
+        norm = updates.survey.norms[target.name]
+        fits.append(WeightFit(target.name, target.shape, tucker.rank, tucker.parameters, norm, error))
+    progress("fitting", len(targets), len(targets))
+    return tuckers, fits
 
 
 def _fit(target: Target, rank: tuple[int, ...], updates: _Updates, store: Store) -> tuple[Tucker, float]:

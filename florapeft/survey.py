@@ -68,8 +68,8 @@ def read_all(
         if before is None or after is None or (is_kept and target is None):
             continue
         if not before.is_floating_point():
-            if not torch.equal(before, after):
-                survey.lost.append(Lost(name, (after.double() - before.double()).norm().item(), None))
+            if norm := (after.to(before.device, torch.float64) - before.double()).norm().item():
+                survey.lost.append(Lost(name, norm, None))
             continue
         norm, size = difference(before, after).norm().item(), before.float().norm().item()
         relative = norm / size if size > 0 else None

@@ -283,8 +283,8 @@ def _project(tensor: Tensor, factors: Sequence[Tensor | None], dtype: torch.dtyp
 def _leading_left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
     """The `count` leading left singular vectors of `matrix`, as columns; shape `(rows, count)`.
 
-    In float32 by the eigenvectors of the smaller Gram matrix, many times faster on wide unfoldings. In float64 it has
-    the digits of a float32 matrix squared; in float32 it would lose those below `√ε` of the largest singular value.
+    Of float32 by the eigenvectors of the smaller Gram matrix, much less work on wide unfoldings. In float64 it has the
+    digits of a float32 matrix squared; in float32 it would lose those below `√ε` of the largest singular value.
     """
     rows, columns = matrix.shape
     if matrix.dtype == torch.float32 and min(rows, columns) > 0:

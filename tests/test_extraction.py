@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import weakref
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from florapeft import FloraConfig, extract
 from florapeft.extraction import Extraction
+from florapeft.sources import FileWeights
 from florapeft.tucker import hosvd, mode_dot
 
 
@@ -97,6 +99,27 @@ class TestFullRank:
             model.merge_and_unload()[0].weight, tuned[0].weight, rtol=0, atol=0 if core.dtype != dtype else 1e-15
         )
 
+    def test_bare_parameters(self):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stack = nn.Parameter(torch.randn(3, 6, 5))
+                self.gain = nn.Parameter(torch.ones(5))
+
+            def forward(self, x):
+                return torch.einsum("ea,eab->eb", x, self.stack) * self.gain
+
+        base = nn.Sequential(Experts())
+        tuned = moved(base)
+        config = FloraConfig(budget=60, target_parameters=["stack", "gain"])
+        model = extract(copy.deepcopy(base), tuned, config)
+        ranks = {fit.name: fit.rank for fit in model.extraction.weights}
+        assert ranks["0.gain"] == (5,)
+        assert len(ranks["0.stack"]) == 3
+        assert errors(model)["0.gain"] == 0 < errors(model)["0.stack"] < 1
+        full = extract(base, tuned, FloraConfig(r=10, target_parameters=["stack", "gain"]))
+        assert_close(full(torch.ones(3, 6)), tuned(torch.ones(3, 6)))
+
     def test_survives_saving_and_loading(self, pair, tmp_path):
         base, tuned = pair
         fresh, fresh_tuned = copy.deepcopy(base), tuned
@@ -145,8 +168,21 @@ class TestFit:
         with torch.no_grad():
             tuned.embed.weight[0] += 1
         change = (tuned.embed.weight - base.embed.weight).detach()
-        model = extract(base, tuned, FloraConfig(r=100, target_modules=["embed"]))
-        assert errors(model)["embed"] == pytest.approx((change[0].norm() / change.norm()).item(), rel=1e-5)
+        model = extract(base, tuned, FloraConfig(r=1, target_modules=["embed"]))
+        missing = change - model.base_model.model.embed.get_delta_weight("default")
+        assert errors(model)["embed"] == pytest.approx((missing.norm() / change.norm()).item(), rel=1e-5)
+        tail = torch.linalg.svdvals(change[1:])[1:].norm()
+        assert missing[1:].norm().item() == pytest.approx(tail.item(), rel=1e-5), "no rank is spent on it"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(pair):
+    base, tuned = pair
+    config = FloraConfig(budget=0.2, target_modules="all-weights", modules_to_save=["head"], save_batch_norm=True)
+    expected = extract(copy.deepcopy(base), tuned, config)
+    for model in (extract(copy.deepcopy(base), tuned, config, device="cuda"), extract(base.cuda(), tuned, config)):
+        assert errors(model) == pytest.approx(errors(expected), abs=1e-4)
+        assert_close(model(IDS.to(next(model.parameters()).device)).cpu(), expected(IDS), rtol=1e-3, atol=1e-3)
 
 
 class TestBudget:
@@ -378,6 +414,21 @@ class TestFolders:
             if "LayerNorm.weight" not in name:
                 assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
         assert {lost.name.rpartition(".")[2] for lost in model.extraction.lost} == {"weight"}
+
+    def test_holds_few_tensors_at_a_time(self, folders, monkeypatch):
+        held, most = [0], [0]
+
+        def read(self, name, device=None, read=FileWeights.read):
+            tensor = read(self, name, device)
+            held[0] += tensor.nbytes
+            most[0] = max(most[0], held[0])
+            weakref.finalize(tensor, lambda size: held.__setitem__(0, held[0] - size), tensor.nbytes)
+            return tensor
+
+        monkeypatch.setattr(FileWeights, "read", read)
+        config = FloraConfig(budget=0.1, target_modules="all-weights", modules_to_save=["classifier"])
+        extract(*folders[:2], config)
+        assert 0 < most[0] <= 3 * max(p.nbytes for p in folders[2].parameters())
 
     def test_of_a_folder_and_a_module(self, folders):
         base_folder, tuned_folder, base, tuned = folders
