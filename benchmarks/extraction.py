@@ -107,7 +107,7 @@ def compare(pair: updates.Pair) -> dict[str, Any]:
             else update
             for (name, update), t in zip(found.items(), targets, strict=True)
         }
-        if share == TENSORLY_AT:
+        if share == TENSORLY_AT and pair.task.name == "cifar100":
             fits = model.extraction.weights
             rows["above_tensorly"] = {f.name: f.error - tensorly_error(found[f"{f.name}.weight"], f.rank) for f in fits}
         methods = {"flora": row(missing) | {"parameters": model.extraction.parameters, "seconds": seconds}}
