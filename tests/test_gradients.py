@@ -134,6 +134,17 @@ class TestPass:
             torch.testing.assert_close(sums[target].value.to_tensor(), expected[name])
         assert_same(state(model), before)
 
+    def test_every_gradient_is_freed_at_once(self, monkeypatch):
+        model, held, plain = net(), [], GradientSum.add
+
+        def add(self, gradient):
+            held.append([name for name, parameter in model.named_parameters() if parameter.grad is not None])
+            plain(self, gradient)
+
+        monkeypatch.setattr(GradientSum, "add", add)
+        gradient_sums(model, self.weights(model), batches(), loss)
+        assert held == [[]] * (2 * len(NAMES))
+
     def test_no_grad_outside(self):
         model = net()
         with torch.no_grad():
