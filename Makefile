@@ -34,6 +34,9 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/architectures.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/plan_memory.py
 	$(BIN)/python benchmarks/structure.py --data $(DATA)
 	$(BIN)/python benchmarks/extraction.py --data $(DATA)

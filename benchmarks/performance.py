@@ -181,6 +181,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "speed-bars": bars,
     "speed-step": steps,
     "speed-rivals": rivals,
+    "speed-arithmetic": arithmetic,
     "speed-routes": routes,
     "speed-forward": forwards,
     "memory-saved": memory("saved"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import performance
+import situations
 import structure_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,7 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peft-skips": peft_skips,
     **{
         name: lambda build=build: _table(*build())
-        for name, build in (performance.TABLES | structure_tables.TABLES).items()
+        for name, build in (performance.TABLES | situations.TABLES | structure_tables.TABLES).items()
     },
 }
 
