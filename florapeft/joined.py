@@ -20,6 +20,7 @@ The reference of both is `operation.apply(x, W, b) + contract.contract(…)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def joined(
         linear = isinstance(operation, Linear)
         tensors: list[Tensor | None] = []
         for update, mask in zip(updates, masks or [None] * len(updates), strict=True):
-            own = _two_matrices(operation, update) if linear else update
+            own = _two_matrices(operation, update) if linear else _without_middle(operation, update, weight)
             tensors += [*(None if tensor is None else tensor.to(weight.dtype) for tensor in own), mask]
         function = _JoinedLinear if linear else _JoinedConvolution
         return function.apply(operation, recompute, summed, x, weight, bias, *tensors)
@@ -77,6 +78,15 @@ def _two_matrices(operation: Linear, update: Parts) -> tuple[Tensor, Tensor | No
     if len(entering) < len(leaving):
         return entering @ kernel.mT, leaving
     return entering, leaving @ kernel
+
+
+def _without_middle(operation: Operation, update: Parts, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """A pointwise convolution's update with the core folded into the input factor: there is nothing in the middle."""
+    entering, kernel, leaving = update
+    pointwise = isinstance(operation, Conv) and prod(weight.shape[2:]) == 1 and not any(operation.padding)
+    if not pointwise or entering is None or leaving is None:
+        return update
+    return entering @ kernel.flatten(1).mT, None, leaving
 
 
 def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -192,7 +202,7 @@ class _JoinedConvolution(torch.autograd.Function):
                 continue
             h = _masked(given, mask if mask is None else seen(outer, mask, weight.shape)[1])
             h = h if entering is None else _enter(h, entering)
-            k = operation.apply(h, kernel)
+            k = h if kernel is None else operation.apply(h, kernel)
             if leaving is None:
                 y += k
             else:
@@ -225,9 +235,12 @@ class _JoinedConvolution(torch.autograd.Function):
                     h, k = _enter(part, entering) if intermediate is None else intermediate, None
                 for_leaving, for_k = None, gradient
                 if leaving is not None:
-                    for_leaving = _cross(gradient, operation.apply(h, kernel) if k is None else k)
+                    k = h if kernel is None else operation.apply(h, kernel) if k is None else k
+                    for_leaving = _cross(gradient, k)
                     for_k = _enter(gradient, leaving)
-                for_h, for_kernel = operation.gradients(for_k, h, kernel, adds or entering is not None)
+                for_h, for_kernel = for_k, None
+                if kernel is not None:
+                    for_h, for_kernel = operation.gradients(for_k, h, kernel, adds or entering is not None)
                 for_entering = None if entering is None else _cross(part, for_h)
                 if adds and entering is not None and mask is None:
                     _add_product(target, for_h, entering)
@@ -263,6 +276,9 @@ def _sum_of_convolution(operation: Conv, weight: Tensor, updates: Sequence[tuple
         if mask is not None:
             continue
         first, second = (leaving, entering) if operation.output_mode == 0 else (entering, leaving)
+        if kernel is None:
+            total = torch.addmm(total, first, second.mT)
+            continue
         columns = kernel.movedim(1, -1) if channels_last else kernel.flatten(2)
         # Not by `@` over three axes: without gradients it rounds otherwise, and a reloaded adapter must be equal.
         if second is not None and channels_last:
