@@ -11,11 +11,13 @@ its score on the validation split; the test split is measured at that rate, over
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -63,7 +65,7 @@ class Setting:
 
 _BERT = ["query", "key", "value", "dense"]
 SETTINGS = {
-    "cifar100": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 1e-2, 16, {"per_class": 25}, bf16=True),
+    "cifar100": Setting(r".*conv\d", 0.10, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
     "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
@@ -248,22 +250,25 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path: Path) -> dict[str, Any]:
-    """Searches a rate per method, then runs the other seeds at it; every finished run is kept in `path`."""
-    results = record.read(path)
-    results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
-    results["goal"], results["layers"] = case.goal, len(case.layers)
-    results["examples"] = {part: len(getattr(case.task, part)["labels"]) for part in ("train", "validation", "test")}
-    runs = results.setdefault("runs", [])
+def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path: Path) -> None:
+    """Searches a rate per method, then runs the other seeds at it; every finished run is kept in `path`.
+
+    Several processes, each with methods of its own, may work on one file.
+    """
+    with changing(path) as results:
+        results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
+        results["goal"], results["layers"], results["search_seeds"] = case.goal, len(case.layers), search_seeds
+        results["examples"] = {p: len(getattr(case.task, p)["labels"]) for p in ("train", "validation", "test")}
+        runs = results.setdefault("runs", [])
 
     def run(method: str, rate: float, seed: int) -> dict[str, Any]:
         for done in runs:
             if (done["method"], done["rate"], done["seed"]) == (method, rate, seed):
                 return done
         runs.append(train(case, method, rate, seed))
-        shown = {key: value for key, value in runs[-1].items() if key != "ranks"}
-        print(case.name, shown, flush=True)
-        record.write(path, results)
+        print(case.name, {key: value for key, value in runs[-1].items() if key != "ranks"}, flush=True)
+        with changing(path) as results:
+            results["runs"].append(runs[-1])
         return runs[-1]
 
     for method in methods:
@@ -273,10 +278,20 @@ def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path:
         rate = climb(case.setting.rate, score)
         for seed in range(seeds):
             run(method, rate, seed)
-        results.setdefault("rates", {})[method] = rate
-        results["methods"] = summary(results)
+        with changing(path) as results:
+            results.setdefault("rates", {})[method] = rate
+            results["methods"] = summary(results)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[dict[str, Any]]:
+    """The record at `path`, for this process alone, written at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = record.read(path)
+        yield results
         record.write(path, results)
-    return results
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
