@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradient_lora
 import record
@@ -32,7 +32,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from florapeft import FloraConfig, FloraLayer, allocate, initialize_from_gradients
-from florapeft.train.fitting import RIVALS, Attach, adaptable, attaches, fitting
+from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
 from florapeft.train.trials import climb, difference, spread
 
 REFERENCE = "FLoRA, gradient start, ranks by spectrum"
@@ -81,7 +81,7 @@ class Case:
         self.name, self.setting = name, setting
         self.task = tasks.TASKS[name](data, **setting.data)
         self.heads: dict[int, dict[str, Tensor]] = {}
-        self.fits: dict[str, tuple[Attach, int, list[str], dict[str, Any]]] = {}
+        self.fits: dict[str, Fitted] = {}
 
     def model(self, seed: int) -> nn.Module:
         """The frozen network; its head is drawn from `seed` and has trained alone for one epoch."""
@@ -149,21 +149,34 @@ def full(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, 
     return model.requires_grad_(True), {}
 
 
-def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A method of PEFT at its own start."""
+class Fitted(NamedTuple):
+    """A method of PEFT at `Case.goal` parameters, on those of the layers that it can adapt."""
+
+    fit: Fit
+    layers: list[str]
+    facts: dict[str, Any]
+
+
+def fitted(name: str, case: Case, model: nn.Module) -> Fitted:
     if name not in case.fits:
         variants = attaches(name, modules_to_save=[case.task.head])
         layers, left_out = adaptable(variants[0], model, case.layers)
-        best = fitting(variants, model, layers, case.goal)
-        facts = {"rank": best.rank, "one_more_in": len(best.raised), **({"left_out": left_out} if left_out else {})}
-        case.fits[name] = (best.attach, layers, best.raised, facts)
-    attach, layers, raised, facts = case.fits[name]
-    return attach(model, layers, facts["rank"], raised), facts
+        fit = fitting(variants, model, layers, case.goal)
+        facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
+        case.fits[name] = Fitted(fit, layers, facts)
+    return case.fits[name]
+
+
+def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A method of PEFT at its own start."""
+    fit, layers, facts = fitted(name, case, model)
+    return fit.attach(model, layers, fit.rank, fit.raised), facts
 
 
 def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """LoRA with a start, and maybe with ranks, from gradients."""
-    found = gradient_lora.gradients(model, case.layers, case.batches(seed), case.loss)
+    _, layers, facts = fitted("lora", case, model)
+    found = gradient_lora.gradients(model, layers, case.batches(seed), case.loss)
     if spectrum:
         ranks = gradient_lora.spectrum_ranks(found, case.goal)
         model, facts = gradient_lora.attach_with(model, ranks, modules_to_save=[case.task.head]), {"ranks": ranks}
@@ -222,7 +235,10 @@ def fit(case: Case, model: nn.Module, groups: dict[float, list[nn.Parameter]], e
 
 
 def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run, from the warm head to the scores on the validation and the test split; its seconds are the processor's."""
+    """One run, from the warm head to the scores on the validation and the test split.
+
+    Its seconds are the processor's, for the machine may be shared.
+    """
     task, setting = case.task, case.setting
     model = case.model(seed)
     torch.manual_seed(seed)

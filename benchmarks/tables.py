@@ -180,6 +180,45 @@ def plan_memory() -> str:
     return _table(("network", *parts), rows)
 
 
+def accuracy(task: str) -> Callable[[], str]:
+    """Methods at equal parameters on a task, best first, with their differences from FLoRA's full recipe."""
+
+    def build() -> str:
+        record = _read(f"accuracy_{task}")
+        rows = sorted(record["methods"].items(), key=lambda row: -row[1]["test_mean"])
+        lines = [
+            (
+                method,
+                f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}",
+                _difference(row.get("difference")),
+                f"{row['rate']:g}",
+                f"{row['parameters']:,}",
+                f"{row['seconds'] + row['start_seconds']:.0f}",
+                row["seeds"],
+            )
+            for method, row in rows
+        ]
+        score = "accuracy, %" if record["score"] == "accuracy" else f"100 × {record['score']}"
+        header = (score, "difference (95% interval)", "rate", "parameters", "CPU seconds", "seeds")
+        parts = ", ".join(f"{count:,} for {part}" for part, count in record["examples"].items())
+        setting = record["setting"]
+        caption = (
+            f"Examples: {parts}. {setting['epochs']} epochs after one of the head alone, batches of "
+            f"{setting['batch_size']}; {record['layers']} layers adapted. Rates were searched with "
+            f"{record['search_seeds']} seed{'s' if record['search_seeds'] > 1 else ''} on the validation split."
+        )
+        return f"{_table(('method', *header), lines)}\n\n{caption}"
+
+    return build
+
+
+def _difference(given: dict[str, float | None] | None) -> str:
+    if given is None:
+        return ""
+    mean, low, high = (None if value is None else 100 * value for value in given.values())
+    return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def _left_out(left: dict[str, Any]) -> str:
     example = ".".join(left["example"].split(".")[-2:])
     return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
@@ -193,6 +232,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
     "plan-memory": plan_memory,
+    "accuracy-cifar100": accuracy("cifar100"),
+    "accuracy-digits": accuracy("digits"),
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
     **{

@@ -1,0 +1,129 @@
+"""benchmarks/accuracy.py: the methods get what they say they get, and what is kept says what was measured."""
+
+import json
+
+import accuracy
+import gradient_lora
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from florapeft.train.fitting import WITHIN, trainable
+
+
+class Tiny(nn.Module):
+    """A convolution, a linear layer and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.body, self.linear = nn.Conv2d(4, 12, 3), nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.linear(self.body(self.conv(x).relu().mean((2, 3))).relu())
+
+
+def batches(count):
+    return [(torch.randn(6, 4, 5, 5), torch.randint(3, (6,))) for _ in range(count)]
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class TestLoraFromGradients:
+    LAYERS = ["conv", "body"]
+
+    def test_gradients_are_autograds_and_the_model_stays(self):
+        model, data = Tiny().requires_grad_(False), batches(2)
+        model.linear.requires_grad_(True)
+        found = gradient_lora.gradients(model, self.LAYERS, data, loss)
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
+        assert all(parameter.grad is None for parameter in model.parameters())
+        total = sum(loss(model.requires_grad_(True), batch) for batch in data)
+        (expected,) = torch.autograd.grad(total, model.conv.weight)
+        torch.testing.assert_close(found["conv"], expected.flatten(1))
+
+    def test_start(self):
+        model, data = Tiny(), batches(2)
+        found = gradient_lora.gradients(model, self.LAYERS, data, loss)
+        before = model(data[0][0])
+        adapted = gradient_lora.attach_with(model, {"conv": 3, "body": 2})
+        gradient_lora.start_from_gradients(adapted, found)
+        torch.testing.assert_close(adapted(data[0][0]), before)
+        layers = dict(adapted.get_base_model().named_modules())
+        assert {name: layers[name].scaling["default"] for name in self.LAYERS} == {"conv": 1, "body": 1}
+        for name, rank in (("conv", 3), ("body", 2)):
+            rows = layers[name].lora_A["default"].weight.flatten(1)
+            torch.testing.assert_close(rows @ rows.mT, torch.eye(rank), atol=1e-5, rtol=0)
+            kept = torch.linalg.svdvals(found[name])[:rank]
+            torch.testing.assert_close((found[name] @ rows.mT).norm(), kept.norm())
+
+    def test_ranks_go_where_the_energy_is(self):
+        sharp = torch.outer(torch.randn(10), torch.randn(10))
+        flat = torch.linalg.qr(torch.randn(10, 10)).Q
+        ranks = gradient_lora.spectrum_ranks({"sharp": sharp, "flat": flat}, 105)
+        assert ranks == {"sharp": 1, "flat": 4}
+        assert gradient_lora.spectrum_ranks({"sharp": sharp, "flat": flat}, 20) == {"sharp": 1, "flat": 0}
+
+
+@pytest.fixture(scope="module")
+def case():
+    case = accuracy.Case("digits", accuracy.SETTINGS["digits"], None)
+    accuracy.cut_short(case)
+    return case
+
+
+class TestCase:
+    def test_every_seed_has_one_warm_head(self, case):
+        heads = [case.model(seed).classifier.weight for seed in (0, 0, 1)]
+        assert torch.equal(heads[0], heads[1])
+        assert not torch.equal(heads[0], heads[2])
+        assert not any(parameter.requires_grad for parameter in case.model(0).parameters())
+
+    @pytest.mark.parametrize("method", ["LoRA", "LoRA, gradient start, ranks by spectrum", "FLoRA", accuracy.REFERENCE])
+    def test_equal_parameters_and_outputs_as_before(self, case, method):
+        base = case.model(0).eval()
+        expected = case.task.logits(base, case.task.train)
+        model, facts = accuracy.METHODS[method](case, case.model(0), 0)
+        torch.testing.assert_close(case.task.logits(model.eval(), case.task.train), expected)
+        head = sum(parameter.numel() for parameter in base.classifier.parameters())
+        assert facts
+        assert abs((trainable(model) - head) / case.goal - 1) <= WITHIN
+
+    def test_a_run(self, case):
+        run = accuracy.train(case, "head only", 1e-2, 0)
+        assert (run["method"], run["rate"], run["seed"], run["parameters"]) == ("head only", 1e-2, 0, 0)
+        assert 0 <= run["test"] <= 1
+
+
+def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
+    trained = []
+
+    def train(case, method, rate, seed):
+        trained.append((method, rate, seed))
+        score = 0.5 - abs(rate - 1e-2) + 0.01 * seed + 0.1 * (method == accuracy.REFERENCE)
+        counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0}
+        return {"method": method, "rate": rate, "seed": seed, "validation": score, "test": score, **counts}
+
+    monkeypatch.setattr(accuracy, "train", train)
+    path = tmp_path / "record.json"
+    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], 2, 1, path)
+    first = len(trained)
+    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], 3, 1, path)
+    assert trained[first:] == [("LoRA", 1e-2, 2), (accuracy.REFERENCE, 1e-2, 2)]
+    results = json.loads(path.read_text())
+    assert len(results["runs"]) == len(trained) == len(set(trained))
+    row = results["methods"]["LoRA"]
+    assert (row["rate"], row["seeds"]) == (1e-2, 3)
+    assert row["rates_tried"] == [3.2e-3, 1e-2, 3.2e-2]
+    assert row["difference"]["mean"] == pytest.approx(-0.1)
+    assert row["test_mean"] == pytest.approx(0.51)
+
+
+@pytest.mark.slow
+def test_smoke(capsys):
+    accuracy.main(["digits", "--smoke"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(accuracy.METHODS)
+    assert all(line.startswith("digits") and line.endswith("runs") for line in lines)
