@@ -1,6 +1,7 @@
 """`flora compare` on the tiny jobs: equal parameters, rates from the validation split, resuming, bad input."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -8,6 +9,8 @@ from typer.testing import CliRunner
 from florapeft.cli._app import app
 from florapeft.report.run import read_run
 from florapeft.train import compare
+from florapeft.train.job import load_job
+from florapeft.train.save import write_json
 
 
 def flora(*arguments, code=0):
@@ -82,6 +85,14 @@ def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, 
     assert [row["accuracy_mean"] for row in again["methods"]] == [row["accuracy_mean"] for row in record["methods"]]
     _, stderr = flora("compare", *arguments, "train.max_steps=3", *options, "--resume", code=1)
     assert stderr.splitlines()[-1].startswith(f"error: cannot resume {folder}: it began with train = ")
+
+
+def test_a_perplexity_that_is_not_finite_is_the_worst_also_after_resuming(jobs, tmp_path):
+    job = load_job(jobs["causal-lm"][0], [*jobs["causal-lm"][1:], f"output={tmp_path}"])
+    (tmp_path / "job.yaml").write_text(job.to_yaml())
+    trial = {"method": "flora", "seed": 0, "rate": 1e-3, "perplexity": math.inf, "validation_perplexity": math.inf}
+    write_json(tmp_path / "results.json", {"trials": [trial]})
+    assert compare._earlier_trials(job, tmp_path, print) == [trial]
 
 
 @pytest.mark.parametrize("gradients", [False, True])

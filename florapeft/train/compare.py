@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import statistics
 import time
@@ -83,8 +84,6 @@ class Comparison:
     def score(self, trial: dict[str, Any]) -> float:
         """Of a trial on the validation split, the higher the better; a perplexity counts negative."""
         value = trial[f"validation_{self.metric}"]
-        if value is None:  # not finite, as it was written
-            return float("-inf")
         return -value if self.metric == "perplexity" else value
 
 
@@ -158,7 +157,7 @@ def _checked(job: Job, others: Sequence[str], seeds: Sequence[int], rates: Seque
 
 
 def _earlier_trials(job: Job, output: Path, say: Say) -> list[dict[str, Any]]:
-    """What is in the results file of the same comparison."""
+    """What is in the results file of the same comparison, where a perplexity that is not finite is null."""
     began = load_job(output / JOB_FILE)
     for key in ("task", "model", "data", "adapter", "train", "gradient_batches", "warmup_head"):
         if getattr(began, key) != getattr(job, key):
@@ -171,7 +170,7 @@ def _earlier_trials(job: Job, output: Path, say: Say) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot resume {output}: {file} holds no trials ({type(error).__name__}: {error})") from None
     say(f"resuming after {len(trials)} trials")
-    return trials
+    return [{key: math.inf if value is None else value for key, value in trial.items()} for trial in trials]
 
 
 def _places(job: Job, examples: Examples, names: list[str]) -> tuple[int, dict[str, Place]]:
