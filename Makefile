@@ -42,6 +42,8 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/extraction.py --data $(DATA)
 	$(BIN)/python benchmarks/extraction.py cost
 	$(BIN)/python benchmarks/allocation.py --data $(DATA)
+	$(BIN)/python benchmarks/accuracy.py --data $(DATA)
+	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove .venv, build output and caches; results and adapters stay
