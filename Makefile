@@ -17,7 +17,7 @@ DATA ?= ../shared/data
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
-demo: $(VENV)/.stamp-cli  ## fine-tune the built-in network on real data (about 3 minutes on 2 cores)
+demo: $(VENV)/.stamp-cli  ## fine-tune the built-in network on real data
 	$(BIN)/flora train
 
 test: $(VENV)/.stamp-dev  ## all tests that need no GPU, the wheel outside the tree, and PEFT's own tests
