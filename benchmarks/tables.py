@@ -219,6 +219,24 @@ def _difference(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def allocation() -> str:
+    """The rules that spend a budget, on one task."""
+    record = _read("allocation")
+    rows = []
+    for rule, row in record["summary"].items():
+        runs = [run for run in record["runs"] if run["rule"] == rule]
+        heads = [100 * run["head_only"] for run in runs]
+        rows.append(
+            (
+                rule if rule == "common rank" else f"`{rule}`",
+                f"{row['adapter_parameters']:,.0f}",
+                f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}",
+            )
+        )
+    note = f"The head alone, before: {sum(heads) / len(heads):.1f}."
+    return f"{_table(('rule', 'adapter parameters', 'test accuracy, %'), rows)}\n\n{note}"
+
+
 def _left_out(left: dict[str, Any]) -> str:
     example = ".".join(left["example"].split(".")[-2:])
     return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
@@ -232,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability-linear": stability("linear"),
     "stability-conv": stability("conv"),
     "plan-memory": plan_memory,
+    "allocation": allocation,
     "accuracy-cifar100": accuracy("cifar100"),
     "accuracy-digits": accuracy("digits"),
     "peft-suite": peft_suite,
