@@ -120,6 +120,23 @@ def tensorly() -> Lines:
     return header, [[_TASKS["cifar100"], f"{max(above):+.1e}", f"{min(above):+.1e}"]]
 
 
+def cost() -> Lines:
+    """Time and memory of extracting from folders."""
+    row = _read("extraction_cost")
+    environment = row["environment"]
+    return ["", ""], [
+        ["model", f"{row['model']}, {row['parameters'] / 1e6:.0f} million parameters, {row['targets']} targets"],
+        ["machine", f"{environment['device']}, {environment['threads']} threads"],
+        ["processor time, of all threads", f"{row['cpu_seconds']:.0f} s"],
+        ["time on the clock", f"{row['seconds']:.0f} s"],
+        *([f"of it {stage}", f"{seconds:.0f} s"] for stage, seconds in row["seconds_by_stage"].items()),
+        ["largest weight", f"{row['largest_weight_bytes'] / 1e6:.0f} MB"],
+        ["the adapter itself", f"{row['adapter_bytes'] / 1e6:.0f} MB"],
+        ["peak memory beyond what there was before", f"{row['peak_bytes'] / 1e6:.0f} MB"],
+        ["for comparison: one of the two models", f"{row['model_bytes'] / 1e6:.0f} MB"],
+    ]
+
+
 TABLES: dict[str, Callable[[], Lines]] = {
     "structure-curves": curves,
     "structure-layers": layers,
@@ -129,6 +146,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "extraction-cifar100": extraction("cifar100"),
     "extraction-cola": extraction("cola"),
     "extraction-tensorly": tensorly,
+    "extraction-cost": cost,
 }
 
 
