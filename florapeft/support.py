@@ -62,6 +62,8 @@ def why_not_parameter(name: str, module: nn.Module, model: nn.Module) -> str | N
     parameter = module._parameters[parameter_name]
     if is_lazy(parameter):
         return "it is not initialised yet: run the model once before"
+    if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+        return f"it is an entry of a {type(module).__name__}, which is read without being called"
     if not parameter.is_floating_point() or quantized_as(module) is not None:
         return f"it is quantised (stored as {parameter.dtype})"
     if parameter.ndim == 0:

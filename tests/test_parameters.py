@@ -271,6 +271,14 @@ class TestRefused:
         reason = r"it is quantised \(stored as torch.int8\)" if kind == "integers" else "it is a single number"
         self.refused(rf"bare.odd \({reason}\)", base, target_parameters=["odd"])
 
+    @pytest.mark.parametrize("cls", [nn.ParameterDict, nn.ParameterList])
+    def test_entries_of_what_is_never_called(self, cls):
+        base, name = net(), "w" if cls is nn.ParameterDict else "0"
+        values = {"w": torch.zeros(3, 4)} if cls is nn.ParameterDict else [torch.zeros(3, 4)]
+        base.held = cls(values).requires_grad_(False)
+        reason = f"it is an entry of a {cls.__name__}, which is read without being called"
+        self.refused(rf"held.{name} \({reason}\)", base, target_parameters=[f"held.{name}"])
+
     def test_names_that_peft_would_confuse(self):
         base = net()
         base.tack = nn.Linear(2, 2)
