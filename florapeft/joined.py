@@ -90,7 +90,7 @@ def _without_middle(operation: Operation, update: Parts, weight: Tensor) -> tupl
 
 
 def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `joined` computes this: no unusual padding, plain frozen tensors, no functional transform.
+    """Whether `joined` computes this: no unusual padding, plain tensors, frozen or without gradients, no transform.
 
     A compiler sees through the separate operations and joins them by itself.
     """
@@ -110,8 +110,7 @@ def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | Non
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
-        and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)))
         and not torch._C._are_functorch_transforms_active()
     )
 

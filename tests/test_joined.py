@@ -211,6 +211,10 @@ class TestIsTaken:
             layer(torch.randn(2, 6)).sum().backward()
             assert not self.calls, change
             assert (base.weight.grad is not None) == (change == "weight")
+            with torch.no_grad():  # then it matters to nobody that the base could be trained, as under FSDP
+                layer(torch.randn(2, 6))
+            assert bool(self.calls) == (change != "hook"), change
+            self.calls.clear()
 
     @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(6, 5), (2, 6)), (nn.Conv2d(6, 5, 3), (2, 6, 4, 4))])
     def test_dropout_keeps_a_mask_and_no_second_input(self, module, shape):
