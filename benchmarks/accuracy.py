@@ -214,24 +214,14 @@ METHODS: dict[str, Method] = {
 
 def fit(case: Case, model: nn.Module, groups: dict[float, list[nn.Parameter]], epochs: int, seed: int) -> float:
     """Trains parameters by their rate, in place; returns the last loss."""
-    task, setting = case.task, case.setting
     torch.manual_seed(seed)
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
-    steps = epochs * math.ceil(len(task.train["labels"]) / setting.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tasks.warm_cosine(step, steps))
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    for _ in range(epochs):
-        for batch in tasks.batches(task.train, setting.batch_size, torch.randperm(len(task.train["labels"]))):
-            loss = case.loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return loss.item()
+    return tasks.fit(model, optimizer, case.task.train, epochs, case.setting.batch_size, case.loss)
 
 
 def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:

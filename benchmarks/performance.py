@@ -17,7 +17,7 @@ Lines = tuple[list[str], list[list[str]]]
 
 def steps() -> Lines:
     """A training step of each method relative to the frozen network's."""
-    header, lines = _grid("speed", ("full", *OURS, *OTHERS), lambda row: _spread(row["step"]))
+    header, lines = _grid("speed", ("full", *OURS, *OTHERS), lambda row: spread(row["step"]))
     for line in lines:
         line.insert(1, f"{1e3 * _rows('speed', line[0])['frozen']['step']['seconds']:.0f}")
     return [header[0], "frozen, ms", *header[1:]], lines
@@ -26,13 +26,13 @@ def steps() -> Lines:
 def forwards() -> Lines:
     """The same for a forward pass without gradients."""
     columns = ("FLoRA:merged", *OURS, *OTHERS)
-    return _grid("speed", columns, lambda row: _spread(row["forward"]))
+    return _grid("speed", columns, lambda row: spread(row["forward"]))
 
 
 def routes() -> Lines:
     """FLoRA with each route forced, and how far its own choice is from the best of them."""
     forced = [name for name in next(iter(_networks("speed").values()))["methods"] if _is_route(name)]
-    header, lines = _grid("speed", ("FLoRA", *forced), lambda row: _spread(row["step"]))
+    header, lines = _grid("speed", ("FLoRA", *forced), lambda row: spread(row["step"]))
     for line in lines:
         rows = _rows("speed", line[0])
         best = min(forced, key=lambda name: rows[name]["step"]["ratio"])
@@ -59,7 +59,7 @@ def rivals() -> Lines:
         own = rows["FLoRA"]["step"]
         found = {name: rows[name].get("step", {}).get("ratio") for name in ("released", "full")}
         relative = [f"{own['ratio'] / other:.2f}" if other else "—" for other in found.values()]
-        to_lora = [_spread(rows[name]["step"]["to_lora"]) if "to_lora" in own else "—" for name in OURS]
+        to_lora = [spread(rows[name]["step"]["to_lora"]) if "to_lora" in own else "—" for name in OURS]
         lines.append([network, *to_lora, *relative])
     return ["network", "to LoRA", "lean to LoRA", "to the released computation", "to full fine-tuning"], lines
 
@@ -196,8 +196,13 @@ TABLES: dict[str, Callable[[], Lines]] = {
 }
 
 
+def read(name: str) -> dict[str, Any]:
+    """The results file of this name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def _networks(file: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{file}.json").read_text())["networks"]
+    return read(file)["networks"]
 
 
 def _rows(file: str, network: str) -> dict[str, Row]:
@@ -213,7 +218,8 @@ def _grid(file: str, columns: tuple[str, ...], cell: Callable[[Row], str]) -> Li
     return ["network", *columns], lines
 
 
-def _spread(found: Row) -> str:
+def spread(found: Row) -> str:
+    """The median of a ratio, and half the distance between its quartiles."""
     low, high = found["quartiles"]
     return f"{found['ratio']:.2f} ± {(high - low) / 2:.2f}"
 

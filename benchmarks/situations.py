@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-Lines = tuple[list[str], list[list[str]]]
+from performance import Lines, read, spread
 
 
 def exponents() -> Lines:
     """Of step time, added arithmetic and bytes kept, by size and method."""
-    results = _read("scaling")
+    results = read("scaling")
     point = results["point"]
     lines = []
     for size, curve in results["curves"].items():
@@ -27,18 +23,18 @@ def exponents() -> Lines:
 
 def inference() -> Lines:
     """Forward passes with merged, active and mixed adapters relative to the base model's."""
-    networks = _read("inference")["networks"]
+    networks = read("inference")["networks"]
     methods = [name for name in next(iter(networks.values())) if name != "base"]
     lines = []
     for name in methods:
-        cells = [_spread(rows[name]) if name in rows else "—" for rows in networks.values()]
+        cells = [spread(rows[name]) if name in rows else "—" for rows in networks.values()]
         lines.append([name, *cells])
     return ["adapters", *networks], lines
 
 
 def large() -> Lines:
     """Seconds and resident bytes of attaching and loading."""
-    results = _read("large")
+    results = read("large")
     lines = []
     for name, row in results["methods"].items():
         seconds = [f"{row[key]:.2f}" for key in ("meta_seconds", "attach_seconds", "load_seconds")]
@@ -53,12 +49,3 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "inference": inference,
     "large": large,
 }
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def _spread(found: dict[str, Any]) -> str:
-    low, high = found["quartiles"]
-    return f"{found['ratio']:.2f} ± {(high - low) / 2:.2f}"

@@ -60,24 +60,22 @@ def train(task: tasks.Task, setting: Setting, start: str, rate: float, seed: int
         [{"params": groups[True], "lr": rate}, {"params": groups[False], "lr": setting.head_rate}],
         weight_decay=setting.weight_decay,
     )
-    steps = setting.epochs * len(tasks.batches(task.train, setting.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: tasks.warm_cosine(step, steps))
     began = time.perf_counter()
-    for _ in range(setting.epochs):
-        model.train()
-        for batch in tasks.batches(task.train, setting.batch_size, torch.randperm(len(task.train["labels"]))):
-            loss = task.loss(model, task.augment(batch))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    loss = tasks.fit(
+        model.train(),
+        optimizer,
+        task.train,
+        setting.epochs,
+        setting.batch_size,
+        lambda model, batch: task.loss(model, task.augment(batch)),
+    )
     return {
         "start": start,
         "rate": rate,
         "seed": seed,
         "validation": task.score(model, task.validation),
         "test": task.score(model, task.test),
-        "final_loss": loss.item(),
+        "final_loss": loss,
         "adapter_parameters": sum(p.numel() for p in groups[True]),
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-Lines = tuple[list[str], list[list[str]]]
+from performance import Lines, read
 
 _STRUCTURES = {
     "lora": "LoRA, (out, in·k·k)",
@@ -30,7 +27,7 @@ _METHODS = {
 
 def curves() -> Lines:
     """Mean relative error over the convolutions of ResNet-20, and over their controls."""
-    record = _read("structure")
+    record = read("structure")
     rows = record["tasks"]["cifar100"]["weights"].values()
     lines = []
     for form, prefix in _FORMS.items():
@@ -45,7 +42,7 @@ def curves() -> Lines:
 
 def ranks() -> Lines:
     """How much of each mode holds how much of the energy, means over weights."""
-    record = _read("structure")
+    record = read("structure")
     lines = []
     for task, label in _TASKS.items():
         rows = list(record["tasks"][task]["weights"].values())
@@ -62,7 +59,7 @@ def ranks() -> Lines:
 
 def taps() -> Lines:
     """Where in the kernel the energy of the updates lies, mean over the convolutions of ResNet-20."""
-    rows = [row["taps"] for row in _read("structure")["tasks"]["cifar100"]["weights"].values()]
+    rows = [row["taps"] for row in read("structure")["tasks"]["cifar100"]["weights"].values()]
     means = [[statistics.mean(row[i][j] for row in rows) for j in range(3)] for i in range(3)]
     header = ["", "left", "middle", "right"]
     return header, [
@@ -75,7 +72,7 @@ def extraction(task: str) -> Callable[[], Lines]:
     """Error of the whole update, and the score with it, by method and budget."""
 
     def build() -> Lines:
-        record = _read("extraction")[task]
+        record = read("extraction")[task]
         lines = []
         for method in record["budgets"][0]["methods"]:
             name = "LoRA" if task == "cola" and method == "lora" else _METHODS[method]
@@ -92,22 +89,22 @@ def layers() -> Lines:
     """In how many weights FLoRA's error is below the better of LoRA's, at each budget."""
     lines = []
     for task, label in _TASKS.items():
-        record = _read("structure")["tasks"][task]["weights"].values()
+        record = read("structure")["tasks"][task]["weights"].values()
         line = [label]
-        for place in range(len(_read("structure")["shares"])):
+        for place in range(len(read("structure")["shares"])):
             errors = [{name: errors[place] for name, errors in row["update"]["errors"].items()} for row in record]
             best = [min(error for name, error in row.items() if name.startswith("lora")) for row in errors]
             below = sum(row["tucker"] <= other + 1e-5 for row, other in zip(errors, best, strict=True))
             line.append(f"{below} of {len(best)}")
         lines.append(line)
-    return ["weights", *_percent(_read("structure")["shares"])], lines
+    return ["weights", *_percent(read("structure")["shares"])], lines
 
 
 def scores() -> Lines:
     """What full fine-tuning gave, and what is left without the update of the targets."""
     lines = []
     for task, label in _TASKS.items():
-        record = _read("extraction")[task]
+        record = read("extraction")[task]
         tuned, without = 100 * record["score_tuned"], 100 * record["score_without"]
         lines.append([f"{label} ({_score_name(record)})", f"{tuned:.1f}", f"{without:.1f}"])
     return ["", "tuned model", "without the targets' update"], lines
@@ -115,14 +112,14 @@ def scores() -> Lines:
 
 def tensorly() -> Lines:
     """By how much errors of convolutions are above those of TensorLy's `tucker` at the same ranks."""
-    above = _read("extraction")["cifar100"]["above_tensorly"].values()
+    above = read("extraction")["cifar100"]["above_tensorly"].values()
     header = ["error minus that of TensorLy's `tucker`, same ranks", "largest", "smallest"]
     return header, [[_TASKS["cifar100"], f"{max(above):+.1e}", f"{min(above):+.1e}"]]
 
 
 def cost() -> Lines:
     """Time and memory of extracting from folders."""
-    row = _read("extraction_cost")
+    row = read("extraction_cost")
     environment = row["environment"]
     return ["", ""], [
         ["model", f"{row['model']}, {row['parameters'] / 1e6:.0f} million parameters, {row['targets']} targets"],
@@ -156,7 +153,3 @@ def _score_name(record: dict[str, Any]) -> str:
 
 def _percent(shares: list[float]) -> list[str]:
     return [f"{100 * share:g}%" for share in shares]
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())

@@ -9,7 +9,6 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -19,15 +18,15 @@ from typing import Any
 import performance
 import situations
 import structure_tables
+from performance import read
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def demo() -> str:
     """The built-in job of `flora train`."""
-    record = _read("builtin_job")
+    record = read("builtin_job")
     rows = [
         (
             method["label"],
@@ -52,7 +51,7 @@ def demo() -> str:
 
 def starts() -> str:
     """Scores of the starts on the two real tasks."""
-    cifar, cola = _read("starts_cifar100")["cifar100"]["summary"], _read("starts_cola")["cola"]["summary"]
+    cifar, cola = read("starts_cifar100")["cifar100"]["summary"], read("starts_cola")["cola"]["summary"]
     rows = [
         (
             f"`{name}`" + (" (default)" if name == "zero_output" else ""),
@@ -71,7 +70,7 @@ def stability(kind: str) -> Callable[[], str]:
     """Loss after 60 steps relative to before, over widths and rates."""
 
     def build() -> str:
-        rows = [row for row in _read("starts_stability")["stability"]["rows"] if row["kind"] == kind]
+        rows = [row for row in read("starts_stability")["stability"]["rows"] if row["kind"] == kind]
         rates = sorted({row["rate"] for row in rows})
         found = {(row["width"], row["start"], row["rate"]): row["loss_ratio"] for row in rows}
         keys = sorted({(row["width"], row["start"]) for row in rows}, key=lambda key: (key[1], key[0]))
@@ -83,7 +82,7 @@ def stability(kind: str) -> Callable[[], str]:
 
 def peft_suite() -> str:
     """Counts of PEFT's own tests."""
-    record = _read("peft_suite")
+    record = read("peft_suite")
     releases = record["releases"]
     kinds = ("passed", "failed", "skipped")
     suites = sorted({suite for release in releases.values() for suite in release["suites"]})
@@ -101,7 +100,7 @@ def peft_suite() -> str:
 
 def peft_skips() -> str:
     """Which of PEFT's own tests skip, with PEFT's reasons."""
-    releases = _read("peft_suite")["releases"]
+    releases = read("peft_suite")["releases"]
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for release, record in releases.items():
         for skip in record["skips"]:
@@ -115,7 +114,7 @@ def peft_skips() -> str:
 
 def architectures() -> str:
     """What "all-weights" adapts in each architecture and what it leaves out, and what does not hold."""
-    rows = _read("architectures")["rows"]
+    rows = read("architectures")["rows"]
     lines = [
         (
             name,
@@ -142,7 +141,7 @@ def architectures() -> str:
 
 def experts() -> str:
     """One block of experts, adapted by FLoRA and by LoRA."""
-    record = _read("experts")
+    record = read("experts")
     rows = [
         (
             f"`{implementation}`",
@@ -174,7 +173,7 @@ def plan_memory() -> str:
             f"{row['measured'] / 1e6:.1f}",
             f"{row['error']:+.1%}",
         )
-        for name, row in _read("plan_memory")["networks"].items()
+        for name, row in read("plan_memory")["networks"].items()
     ]
     parts = ("weights", "gradients", "AdamW", "activations", "planned, MB", "measured, MB", "error")
     return _table(("network", *parts), rows)
@@ -184,7 +183,7 @@ def accuracy(task: str) -> Callable[[], str]:
     """Methods at equal parameters on a task, best first, with their differences from FLoRA's full recipe."""
 
     def build() -> str:
-        record = _read(f"accuracy_{task}")
+        record = read(f"accuracy_{task}")
         rows = sorted(record["methods"].items(), key=lambda row: -row[1]["test_mean"])
         lines = [
             (
@@ -221,7 +220,7 @@ def _difference(given: dict[str, float | None] | None) -> str:
 
 def allocation() -> str:
     """The rules that spend a budget, on one task."""
-    record = _read("allocation")
+    record = read("allocation")
     rows = []
     for rule, row in record["summary"].items():
         runs = [run for run in record["runs"] if run["rule"] == rule]
@@ -269,10 +268,6 @@ def render(text: str) -> str:
 
 def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -90,6 +90,28 @@ def warm_cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Batch,
+    epochs: int,
+    batch_size: int,
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> float:
+    """Train in the mode that the model is in, by `warm_cosine`, in an order by torch's seed; returns the last loss."""
+    count = len(examples["labels"])
+    steps = epochs * math.ceil(count / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+    for _ in range(epochs):
+        for batch in batches(examples, batch_size, torch.randperm(count)):
+            value = loss(model, batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+    return value.item()
+
+
 def cifar100(data: Path, per_class: int = 40) -> Task:
     """100 classes, `per_class` training images each, the rest of 50 for validation, and 50 test images."""
     arrays = np.load(data / "cifar100" / "cifar100_subset.npz")

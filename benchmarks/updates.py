@@ -5,7 +5,6 @@ Fine-tuning takes some minutes; its result is kept in a folder that git ignores,
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,19 +73,11 @@ def _tune(task: tasks.Task, model: nn.Module, setting: Setting) -> None:
         groups[id(parameter) in head].append(parameter)
     rates = [{"params": groups[False], "lr": setting.rate}, {"params": groups[True], "lr": setting.head_rate}]
     optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
-    steps = setting.epochs * math.ceil(len(task.train["labels"]) / setting.batch_size)
-    warm = steps // 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    tasks.fit(
+        model.train(),
         optimizer,
-        lambda step: (
-            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-        ),
+        task.train,
+        setting.epochs,
+        setting.batch_size,
+        lambda model, batch: task.loss(model, task.augment(batch)),
     )
-    for _ in range(setting.epochs):
-        model.train()
-        for batch in tasks.batches(task.train, setting.batch_size, torch.randperm(len(task.train["labels"]))):
-            loss = task.loss(model, task.augment(batch))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
