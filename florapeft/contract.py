@@ -347,13 +347,19 @@ _TRAFFIC = 32.0
 def _convolution_gradients(
     operation: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of `x` and `weight`, by torch's own function for it."""
-    spatial = len(operation.stride)
-    transposed = isinstance(operation, ConvTranspose)
-    if wanted[1] and not transposed and _is_large_depthwise(operation, weight):
-        for_x = _convolution_gradients(operation, gradient, x, weight, (True, False))[0] if wanted[0] else None
+    """Of `x` and `weight`."""
+    if wanted[1] and _is_large_depthwise(operation, weight):
+        for_x = _torch_gradients(operation, gradient, x, weight, (True, False))[0] if wanted[0] else None
         return for_x, _depthwise_gradient(operation, gradient, x, weight)
-    output_padding = operation.output_padding if transposed else (0,) * spatial
+    return _torch_gradients(operation, gradient, x, weight, wanted)
+
+
+def _torch_gradients(
+    operation: Conv | ConvTranspose, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `x` and `weight`, by torch's own function for it."""
+    transposed = isinstance(operation, ConvTranspose)
+    output_padding = operation.output_padding if transposed else (0,) * len(operation.stride)
     for_x, for_weight, _ = torch.ops.aten.convolution_backward(
         gradient, x, weight, None, operation.stride, operation.padding, operation.dilation, transposed,
         output_padding, operation.groups, (*wanted, False),
@@ -361,8 +367,8 @@ def _convolution_gradients(
     return for_x, for_weight
 
 
-def _is_large_depthwise(operation: Conv, weight: Tensor) -> bool:
-    depthwise = operation.groups == weight.shape[0] > 1 and weight.ndim == 4
+def _is_large_depthwise(operation: Conv | ConvTranspose, weight: Tensor) -> bool:
+    depthwise = isinstance(operation, Conv) and operation.groups == weight.shape[0] > 1 and weight.ndim == 4
     return depthwise and weight.device.type == "cpu" and min(weight.shape[2:]) >= 5
 
 
@@ -374,9 +380,7 @@ def _depthwise_gradient(operation: Conv, gradient: Tensor, x: Tensor, weight: Te
     gradient, x = (t.contiguous(memory_format=torch.channels_last) for t in (gradient, x))
     sizes, kernel = gradient.shape[2:], weight.shape[2:]
     if max(sizes) > 2 * max(kernel):
-        plain = torch.ops.aten.convolution_backward
-        given = (operation.stride, operation.padding, operation.dilation, False, (0, 0), operation.groups)
-        return plain(gradient, x, weight, None, *given, (False, True, False))[1]
+        return _torch_gradients(operation, gradient, x, weight, (False, True))[1]
     gradient, padding = gradient.movedim(1, -1), operation.padding
     x = F.pad(x.movedim(1, -1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
     taps = []

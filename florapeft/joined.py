@@ -137,9 +137,7 @@ class _JoinedLinear(torch.autograd.Function):
         y = operation.apply(given, _sum_of_linear(operation, weight, updates) if summed else weight, bias).contiguous()
         rows = given.reshape(-1, given.shape[-1])
         kept = []
-        for first, second, mask in updates:
-            if summed and mask is None:
-                continue
+        for first, second, mask in _added(updates, summed):
             h = first.mT @ _masked(rows, mask).mT  # (r, positions)
             if second is None:
                 y.view(-1, y.shape[-1]).add_(h.mT)
@@ -194,11 +192,10 @@ class _JoinedConvolution(torch.autograd.Function):
         updates = _groups(tensors, 4)
         y = operation.apply(given, _sum_of_convolution(operation, weight, updates) if summed else weight, bias)
         ctx.operation, ctx.recompute, ctx.summed = operation, recompute or summed, summed
-        kept = []
-        outer, (operation, given) = operation, _seen(operation, given, weight)
-        for entering, kernel, leaving, mask in updates:
-            if summed and mask is None:
-                continue
+        kept, added = [], _added(updates, summed)
+        if added:
+            outer, (operation, given) = operation, _seen(operation, given, weight)
+        for entering, kernel, leaving, mask in added:
             h = _masked(given, mask if mask is None else seen(outer, mask, weight.shape)[1])
             h = h if entering is None else _enter(h, entering)
             k = h if kernel is None else operation.apply(h, kernel)
@@ -293,6 +290,11 @@ def _sum_of_convolution(operation: Conv, weight: Tensor, updates: Sequence[tuple
 def _seen(operation: Conv, x: Tensor, weight: Tensor) -> tuple[Conv, Tensor]:
     inner, part = seen(operation, x, weight.shape)
     return inner, part if part is x else part.clone()  # dense again, in the same memory format
+
+
+def _added(updates: Sequence[tuple[Any, ...]], summed: bool) -> list[tuple[Any, ...]]:
+    """Those that are not part of W + dW."""
+    return [update for update in updates if not summed or update[-1] is not None]
 
 
 def _groups(tensors: Sequence[Any], size: int) -> list[tuple[Any, ...]]:

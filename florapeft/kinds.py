@@ -104,10 +104,8 @@ class WeightLayer(FloraLayer):
             return joined(operation, x, base.weight, base.bias, parts, masks=masks, **way)
         others = [name for name in active if name not in can_sum or routes[name] != "dense"]
         if len(others) < len(active):
-            weight = base.weight
-            for name in active:
-                # The sum keeps the first operand's memory format: the base weight's.
-                weight = weight if name in others else weight + self.get_delta_weight(name)
+            # The sum keeps the first operand's memory format: the base weight's.
+            weight = self.summed("weight", [name for name in active if name not in others])
             result = operation.apply(x, weight, base.bias)
         else:
             result = self._base_result(x, *args, **kwargs)
