@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from florapeft.cli._adapter import KernelRank, Targets, parse_budget, parse_targets
 from florapeft.cli._output import DebugFlag, JsonFlag, OverwriteFlag, reporting
-from florapeft.cli.plan import parse_budget
 
 
 def extract(
@@ -21,10 +21,8 @@ def extract(
         typer.Option("--budget", help="Adapter parameters: a count, or a share of the model's.  [default: 5%]"),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of every channel mode, in place of a budget.")] = None,
-    kernel_r: Annotated[int | None, typer.Option("--kernel-r", help="Rank of every kernel mode.")] = None,
-    targets: Annotated[
-        str, typer.Option("--targets", help="all-weights, all-linear, or names with commas between them.")
-    ] = "all-weights",
+    kernel_r: KernelRank = None,
+    targets: Targets = "all-weights",
     keep: Annotated[
         str | None,
         typer.Option("--keep", help="Modules to keep in full, with commas between them.  [default: the classifier]"),
@@ -48,7 +46,7 @@ def extract(
         raise typer.BadParameter("--budget and --r exclude each other")
     fields: dict[str, Any] = {"kernel_r": kernel_r, "bias": bias}
     fields |= {"budget": parse_budget(budget or "5%")} if r is None else {"r": r}
-    fields["target_modules"] = targets if targets in ("all-weights", "all-linear") else targets.split(",")
+    fields["target_modules"] = parse_targets(targets)
     if keep is not None:
         fields["modules_to_save"] = [name for name in keep.split(",") if name] or None
     with reporting(as_json, debug) as output:

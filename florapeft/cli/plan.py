@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from florapeft.cli._adapter import KernelRank, Targets, parse_budget, parse_targets
 from florapeft.cli._output import DebugFlag, JsonFlag, reporting
 
 
@@ -15,10 +16,8 @@ def plan(
         typer.Option("--budget", help="Adapter parameters: a count, or a share of the model's such as 0.5%."),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of every channel mode, where there is no budget.")] = None,
-    kernel_r: Annotated[int | None, typer.Option("--kernel-r", help="Rank of every kernel mode.")] = None,
-    targets: Annotated[
-        str, typer.Option("--targets", help="all-weights, all-linear, or names with commas between them.")
-    ] = "all-weights",
+    kernel_r: KernelRank = None,
+    targets: Targets = "all-weights",
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -38,21 +37,9 @@ def plan(
         ranks: dict[str, Any] = {"budget": share, "kernel_r": kernel_r}
         if r is not None:
             ranks["r"] = r
-        chosen = targets if targets in ("all-weights", "all-linear") else targets.split(",")
-        found = plan_adapter(load_skeleton(model), FloraConfig(target_modules=chosen, **ranks))
+        config = FloraConfig(target_modules=parse_targets(targets), **ranks)
+        found = plan_adapter(load_skeleton(model), config)
         output.result(found.to_dict(), lambda console, _: _show(console, str(found)))
-
-
-def parse_budget(text: str) -> int | float:
-    """`"0.5%"` and `"0.005"` → 0.005; `"20000"` and `"20_000"` → 20000."""
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"'{text}' is neither a count nor a share such as 0.5%", param_hint="--budget"
-        ) from None
 
 
 def _show(console: Console, table: str) -> None:
