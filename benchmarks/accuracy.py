@@ -84,8 +84,10 @@ class Case:
         self.fits: dict[str, Fitted] = {}
 
     def model(self, seed: int) -> nn.Module:
-        """The frozen network; its head is drawn from `seed` and has trained alone for one epoch."""
+        """The frozen network; its head, if it has a new one, is drawn from `seed` and has trained alone for one epoch."""
         model = self.task.model(seed).requires_grad_(False)
+        if self.task.head is None:
+            return model
         head = model.get_submodule(self.task.head)
         if seed not in self.heads:
             head.requires_grad_(True)
@@ -98,9 +100,8 @@ class Case:
     @cached_property
     def goal(self) -> int:
         """Adapter parameters."""
-        model = self.task.model(0)
-        head = sum(parameter.numel() for parameter in model.get_submodule(self.task.head).parameters())
-        return round(self.setting.share * (sum(parameter.numel() for parameter in model.parameters()) - head))
+        body = [p.numel() for name, p in self.task.model(0).named_parameters() if not self.in_head(name)]
+        return round(self.setting.share * sum(body))
 
     @cached_property
     def layers(self) -> list[str]:
@@ -108,8 +109,16 @@ class Case:
         model = get_peft_model(self.task.model(0), self.config()).get_base_model()
         return [name for name, module in model.named_modules() if isinstance(module, FloraLayer)]
 
+    def in_head(self, parameter: str) -> bool:
+        """Whether a parameter of this name, in a model with or without an adapter, is one of the new head's."""
+        return self.task.head in parameter.split(".")
+
+    @property
+    def trained_along(self) -> list[str] | None:
+        return None if self.task.head is None else [self.task.head]
+
     def config(self, **fields: Any) -> FloraConfig:
-        given = {"target_modules": self.setting.targets, "modules_to_save": [self.task.head], "budget": self.goal}
+        given = {"target_modules": self.setting.targets, "modules_to_save": self.trained_along, "budget": self.goal}
         return FloraConfig(**given, **fields)
 
     def loss(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
@@ -135,13 +144,14 @@ Method = Callable[[Case, nn.Module, int], tuple[nn.Module, dict[str, Any]]]
 
 
 def head_only(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    model.get_submodule(case.task.head).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(case.in_head(name))
     return model, {}
 
 
 def bitfit(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("bias") or name.startswith(f"{case.task.head}."))
+        parameter.requires_grad_(name.endswith("bias") or case.in_head(name))
     return model, {}
 
 
@@ -159,7 +169,7 @@ class Fitted(NamedTuple):
 
 def fitted(name: str, case: Case, model: nn.Module) -> Fitted:
     if name not in case.fits:
-        variants = attaches(name, modules_to_save=[case.task.head])
+        variants = attaches(name, modules_to_save=case.trained_along)
         layers, left_out = adaptable(variants[0], model, case.layers)
         fit = fitting(variants, model, layers, case.goal)
         facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
@@ -179,7 +189,7 @@ def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> t
     found = gradient_lora.gradients(model, layers, case.batches(seed), case.loss)
     if spectrum:
         ranks = gradient_lora.spectrum_ranks(found, case.goal)
-        model, facts = gradient_lora.attach_with(model, ranks, modules_to_save=[case.task.head]), {"ranks": ranks}
+        model, facts = gradient_lora.attach_with(model, ranks, modules_to_save=case.trained_along), {"ranks": ranks}
     else:
         model, facts = rival("lora", case, model, seed)
     gradient_lora.start_from_gradients(model, found)
@@ -235,8 +245,8 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     began = time.process_time()
     model, facts = METHODS[method](case, model, seed)
     started = time.process_time()
-    head = [p for n, p in model.named_parameters() if p.requires_grad and task.head in n.split(".")]
-    body = [p for n, p in model.named_parameters() if p.requires_grad and task.head not in n.split(".")]
+    head = [p for n, p in model.named_parameters() if p.requires_grad and case.in_head(n)]
+    body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
     groups = {rate: body, setting.head_rate: head} if body else {rate: head}
     if rate == setting.head_rate:
         groups = {rate: body + head}

@@ -25,14 +25,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A frozen network with a fresh head, data in three splits, and a score between -1 and 1.
+    """A frozen network, data in three splits, and a score between -1 and 1.
 
-    `validation` is for choosing, `test` for reporting.
+    `head` is the name of the module that is new, if one is; `validation` is for choosing, `test` for reporting.
     """
 
     name: str
     data: Path
-    head: str
+    head: str | None
     train: Batch
     validation: Batch
     test: Batch
