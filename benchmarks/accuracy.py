@@ -84,7 +84,7 @@ class Case:
         self.fits: dict[str, Fitted] = {}
 
     def model(self, seed: int) -> nn.Module:
-        """The frozen network; its head, if it has a new one, is drawn from `seed` and has trained alone for one epoch."""
+        """The frozen network; a new head is drawn from `seed` and has trained alone for one epoch."""
         model = self.task.model(seed).requires_grad_(False)
         if self.task.head is None:
             return model
@@ -139,6 +139,10 @@ class Case:
         return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
 
 
+class NothingToTrain(Exception):
+    """A method that has no place on a task's network; the message says why."""
+
+
 # Each takes a case, the network with its warm head, and the seed; returns the network with what is trained, and facts.
 Method = Callable[[Case, nn.Module, int], tuple[nn.Module, dict[str, Any]]]
 
@@ -171,6 +175,8 @@ def fitted(name: str, case: Case, model: nn.Module) -> Fitted:
     if name not in case.fits:
         variants = attaches(name, modules_to_save=case.trained_along)
         layers, left_out = adaptable(variants[0], model, case.layers)
+        if not layers:
+            raise NothingToTrain("; ".join(left_out.values()))
         fit = fitting(variants, model, layers, case.goal)
         facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
         case.fits[name] = Fitted(fit, layers, facts)
@@ -247,6 +253,8 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     started = time.process_time()
     head = [p for n, p in model.named_parameters() if p.requires_grad and case.in_head(n)]
     body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
+    if not head + body:
+        raise NothingToTrain("the network has no such parameters")
     groups = {rate: body, setting.head_rate: head} if body else {rate: head}
     if rate == setting.head_rate:
         groups = {rate: body + head}
@@ -291,7 +299,12 @@ def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path:
         score = lambda rate, method=method: statistics.mean(  # noqa: E731
             run(method, rate, seed)["validation"] for seed in range(search_seeds)
         )
-        rate = climb(case.setting.rate, score)
+        try:
+            rate = climb(case.setting.rate, score)
+        except NothingToTrain as reason:
+            with changing(path) as results:
+                results.setdefault("left_out", {})[method] = str(reason)
+            continue
         for seed in range(seeds):
             run(method, rate, seed)
         with changing(path) as results:
@@ -365,7 +378,10 @@ def main(arguments: list[str] | None = None) -> None:
         if given.smoke:
             cut_short(case)
             for method in given.methods:
-                print(name, train(case, method, case.setting.rate, 0)["method"], "runs", flush=True)
+                try:
+                    print(name, train(case, method, case.setting.rate, 0)["method"], "runs", flush=True)
+                except NothingToTrain as reason:
+                    print(name, method, f"is left out: {reason}", flush=True)
         else:
             compare(case, given.methods, given.seeds, given.search_seeds, record.RESULTS / f"accuracy_{name}.json")
 

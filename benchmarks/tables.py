@@ -206,6 +206,8 @@ def accuracy(task: str) -> Callable[[], str]:
             f"{setting['batch_size']}; {record['layers']} layers adapted. Rates were searched with "
             f"{record['search_seeds']} seed{'s' if record['search_seeds'] > 1 else ''} on the validation split."
         )
+        for method, reason in record.get("left_out", {}).items():
+            caption += f" {method} is left out: {reason}."
         return f"{_table(('method', *header), lines)}\n\n{caption}"
 
     return build

@@ -1,6 +1,7 @@
 """benchmarks/accuracy.py: the methods get what they say they get, and what is kept says what was measured."""
 
 import json
+from dataclasses import replace
 
 import accuracy
 import gradient_lora
@@ -95,6 +96,15 @@ class TestCase:
         run = accuracy.train(case, "head only", 1e-2, 0)
         assert (run["method"], run["rate"], run["seed"], run["parameters"]) == ("head only", 1e-2, 0, 0)
         assert 0 <= run["test"] <= 1
+
+
+def test_a_method_with_nothing_to_train_is_left_out(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(case, "task", replace(case.task, head=None))
+    accuracy.compare(case, ["head only"], 1, 1, tmp_path / "record.json")
+    results = json.loads((tmp_path / "record.json").read_text())
+    assert list(results["left_out"]) == ["head only"]
+    assert "parameters" in results["left_out"]["head only"]
+    assert results["runs"] == []
 
 
 def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
