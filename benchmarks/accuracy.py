@@ -139,7 +139,7 @@ class Case:
         return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
 
 
-class NothingToTrain(Exception):
+class NothingToTrainError(Exception):
     """A method that has no place on a task's network; the message says why."""
 
 
@@ -176,7 +176,7 @@ def fitted(name: str, case: Case, model: nn.Module) -> Fitted:
         variants = attaches(name, modules_to_save=case.trained_along)
         layers, left_out = adaptable(variants[0], model, case.layers)
         if not layers:
-            raise NothingToTrain("; ".join(left_out.values()))
+            raise NothingToTrainError("; ".join(left_out.values()))
         fit = fitting(variants, model, layers, case.goal)
         facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
         case.fits[name] = Fitted(fit, layers, facts)
@@ -254,7 +254,7 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     head = [p for n, p in model.named_parameters() if p.requires_grad and case.in_head(n)]
     body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
     if not head + body:
-        raise NothingToTrain("the network has no such parameters")
+        raise NothingToTrainError("the network has no such parameters")
     groups = {rate: body, setting.head_rate: head} if body else {rate: head}
     if rate == setting.head_rate:
         groups = {rate: body + head}
@@ -301,7 +301,7 @@ def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path:
         )
         try:
             rate = climb(case.setting.rate, score)
-        except NothingToTrain as reason:
+        except NothingToTrainError as reason:
             with changing(path) as results:
                 results.setdefault("left_out", {})[method] = str(reason)
             continue
@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
             for method in given.methods:
                 try:
                     print(name, train(case, method, case.setting.rate, 0)["method"], "runs", flush=True)
-                except NothingToTrain as reason:
+                except NothingToTrainError as reason:
                     print(name, method, f"is left out: {reason}", flush=True)
         else:
             compare(case, given.methods, given.seeds, given.search_seeds, record.RESULTS / f"accuracy_{name}.json")
