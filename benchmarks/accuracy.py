@@ -1,10 +1,12 @@
 """Does FLoRA adapt better? Methods at equal trainable parameters on real networks and data.
 
-Every method begins with the same head, trained alone for one epoch, and takes its learning rate from the same grid, by
-its score on the validation split; the test split is measured at that rate, over all seeds.
+Every method begins with the same head, trained alone for one epoch, and takes its learning rates, of the adapter and of
+the head, from the same grid, by its score on the validation split; the test split is measured at those rates, over all
+seeds.
 
     python benchmarks/accuracy.py cifar100                  # one task; goes on where it was stopped
     python benchmarks/accuracy.py cola --seeds 3            # fewer seeds; more of them can be added later
+    python benchmarks/accuracy.py cifar100 --shares 0.025 0.05   # two budgets more
     python benchmarks/accuracy.py --smoke                   # all tasks, cut short; nothing is written
 """
 
@@ -18,8 +20,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,115 +30,32 @@ import record
 import tasks
 import torch
 import transformers
+from cases import SETTINGS, Case, fit
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from florapeft import FloraConfig, FloraLayer, allocate, initialize_from_gradients
+from florapeft import allocate, initialize_from_gradients
 from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
 from florapeft.train.trials import climb, difference, spread
 
 REFERENCE = "FLoRA, gradient start, ranks by spectrum"
+WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a task is trained: AdamW, a warm-up of 5% of the steps and cosine decay; batch norms in eval mode.
+class Rates(NamedTuple):
+    """Learning rates: of the adapter, or of what else is trained of the network, and of a new head."""
 
-    Attributes:
-        targets: FLoRA's `target_modules`; the other methods adapt the same layers.
-        share: adapter parameters, of the network's without its head.
-        rate: where the search for a rate begins, the same for all methods.
-        head_rate: of the head, in its first epoch and later.
-        gradient_batches: how many batches a start from gradients sees.
-        data: arguments of the task's data.
-        bf16: whether forward passes run under autocast to bfloat16; what is trained stays in float32.
-    """
-
-    targets: str | list[str]
-    share: float
-    epochs: int
-    batch_size: int
-    rate: float
-    head_rate: float
-    gradient_batches: int
-    data: dict[str, int]
-    bf16: bool = False
+    body: float | None
+    head: float | None
 
 
-_BERT = ["query", "key", "value", "dense"]
-SETTINGS = {
-    "cifar100": Setting(r".*conv\d", 0.10, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
-    "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
-    "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
-    "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
-    "mrpc": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 2400}),
-    "sst2": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
-}
+class Plan(NamedTuple):
+    """How many seeds are run: at the rates that are chosen, in the search for them, and at other budgets."""
 
-
-class Case:
-    """A task, how it is trained, and what all methods share: warm heads, targets, the number of parameters."""
-
-    def __init__(self, name: str, setting: Setting, data: Path) -> None:
-        self.name, self.setting = name, setting
-        self.task = tasks.TASKS[name](data, **setting.data)
-        self.heads: dict[int, dict[str, Tensor]] = {}
-        self.fits: dict[str, Fitted] = {}
-
-    def model(self, seed: int) -> nn.Module:
-        """The frozen network; a new head is drawn from `seed` and has trained alone for one epoch."""
-        model = self.task.model(seed).requires_grad_(False)
-        if self.task.head is None:
-            return model
-        head = model.get_submodule(self.task.head)
-        if seed not in self.heads:
-            head.requires_grad_(True)
-            fit(self, model, {self.setting.head_rate: list(head.parameters())}, 1, seed)
-            self.heads[seed] = {key: value.clone() for key, value in head.state_dict().items()}
-            head.requires_grad_(False)
-        head.load_state_dict(self.heads[seed])
-        return model
-
-    @cached_property
-    def goal(self) -> int:
-        """Adapter parameters."""
-        body = [p.numel() for name, p in self.task.model(0).named_parameters() if not self.in_head(name)]
-        return round(self.setting.share * sum(body))
-
-    @cached_property
-    def layers(self) -> list[str]:
-        """The layers that FLoRA adapts."""
-        model = get_peft_model(self.task.model(0), self.config()).get_base_model()
-        return [name for name, module in model.named_modules() if isinstance(module, FloraLayer)]
-
-    def in_head(self, parameter: str) -> bool:
-        """Whether a parameter of this name, in a model with or without an adapter, is one of the new head's."""
-        return self.task.head in parameter.split(".")
-
-    @property
-    def trained_along(self) -> list[str] | None:
-        return None if self.task.head is None else [self.task.head]
-
-    def config(self, **fields: Any) -> FloraConfig:
-        given = {"target_modules": self.setting.targets, "modules_to_save": self.trained_along, "budget": self.goal}
-        return FloraConfig(**given, **fields)
-
-    def loss(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
-        with self.precision():
-            return self.task.loss(model, batch)
-
-    def score(self, model: nn.Module, split: tasks.Batch) -> float:
-        with self.precision():
-            return self.task.score(model, split)
-
-    def precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.bf16)
-
-    def batches(self, seed: int) -> list[tasks.Batch]:
-        """Some of the training batches, for what starts from gradients."""
-        order = torch.randperm(len(self.task.train["labels"]), generator=torch.Generator().manual_seed(seed))
-        count = self.setting.gradient_batches
-        return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
+    seeds: int = 5
+    search_seeds: int = 2
+    other_shares: tuple[float, ...] = ()
+    other_seeds: int = 2
 
 
 class NothingToTrainError(Exception):
@@ -228,19 +147,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def fit(case: Case, model: nn.Module, groups: dict[float, list[nn.Parameter]], epochs: int, seed: int) -> float:
-    """Trains parameters by their rate, in place; returns the last loss."""
-    torch.manual_seed(seed)
-    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
-    optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return tasks.fit(model, optimizer, case.task.train, epochs, case.setting.batch_size, case.loss)
-
-
-def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
+def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
     """One run, from the warm head to the scores on the validation and the test split.
 
     Its seconds are the processor's, for the machine may be shared.
@@ -255,14 +162,13 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
     if not head + body:
         raise NothingToTrainError("the network has no such parameters")
-    groups = {rate: body, setting.head_rate: head} if body else {rate: head}
-    if rate == setting.head_rate:
-        groups = {rate: body + head}
-    loss = fit(case, model, groups, setting.epochs, seed)
+    loss = fit(case, model, [(rates.body, body), (rates.head, head)], setting.epochs, seed)
     seconds = time.process_time() - started
     return {
         "method": method,
-        "rate": rate,
+        "share": setting.share,
+        "rate": rates.body,
+        "head_rate": rates.head,
         "seed": seed,
         "validation": case.score(model, task.validation),
         "test": case.score(model, task.test),
@@ -274,42 +180,71 @@ def train(case: Case, method: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def compare(case: Case, methods: list[str], seeds: int, search_seeds: int, path: Path) -> None:
-    """Searches a rate per method, then runs the other seeds at it; every finished run is kept in `path`.
+def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
+    """Searches rates per method, then runs the other seeds at them; every finished run is kept in `path`.
 
     Several processes, each with methods of its own, may work on one file.
     """
     with changing(path) as results:
         results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
-        results["goal"], results["layers"], results["search_seeds"] = case.goal, len(case.layers), search_seeds
+        results["goal"], results["layers"], results["search_seeds"] = case.goal, len(case.layers), plan.search_seeds
         results["examples"] = {p: len(getattr(case.task, p)["labels"]) for p in ("train", "validation", "test")}
         runs = results.setdefault("runs", [])
 
-    def run(method: str, rate: float, seed: int) -> dict[str, Any]:
+    def run(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
         for done in runs:
-            if (done["method"], done["rate"], done["seed"]) == (method, rate, seed):
+            if _which(done) == (method, case.setting.share, rates, seed):
                 return done
-        runs.append(train(case, method, rate, seed))
+        runs.append(train(case, method, rates, seed))
         print(case.name, {key: value for key, value in runs[-1].items() if key != "ranks"}, flush=True)
         with changing(path) as results:
             results["runs"].append(runs[-1])
         return runs[-1]
 
+    def validation(method: str, rates: Rates) -> float:
+        return statistics.mean(run(case, method, rates, seed)["validation"] for seed in range(plan.search_seeds))
+
+    def measured(method: str) -> Rates:
+        rates = search(case, method, partial(validation, method))
+        for seed in range(plan.seeds):
+            run(case, method, rates, seed)
+        for share in () if method in WITHOUT_BUDGET else plan.other_shares:
+            for seed in range(plan.other_seeds):
+                run(case.at(share), method, rates, seed)
+        return rates
+
     for method in methods:
-        score = lambda rate, method=method: statistics.mean(  # noqa: E731
-            run(method, rate, seed)["validation"] for seed in range(search_seeds)
-        )
         try:
-            rate = climb(case.setting.rate, score)
+            rates = measured(method)
         except NothingToTrainError as reason:
             with changing(path) as results:
                 results.setdefault("left_out", {})[method] = str(reason)
             continue
-        for seed in range(seeds):
-            run(method, rate, seed)
         with changing(path) as results:
-            results.setdefault("rates", {})[method] = rate
-            results["methods"] = summary(results)
+            results.setdefault("rates", {})[method] = rates._asdict()
+            results["methods"] = summary(results, case.setting.share)
+            shares = sorted({run["share"] for run in results["runs"]} - {case.setting.share})
+            results["other_budgets"] = {str(share): summary(results, share) for share in shares}
+
+
+def search(case: Case, method: str, score: Callable[[Rates], float]) -> Rates:
+    """The rates with the best score: first the adapter's, with the head's where its search begins, then the head's."""
+    rates = first_rates(case, method)
+    if rates.body is not None:
+        rates = rates._replace(body=climb(rates.body, lambda rate: score(rates._replace(body=rate))))
+    if rates.head is not None:
+        rates = rates._replace(head=climb(rates.head, lambda rate: score(rates._replace(head=rate))))
+    return rates
+
+
+def first_rates(case: Case, method: str) -> Rates:
+    """Where the search for rates begins; None where there is nothing to train at it."""
+    body = None if method == "head only" else case.setting.rate
+    return Rates(body, None if case.task.head is None else case.setting.head_rate)
+
+
+def _which(run: dict[str, Any]) -> tuple[str, float, Rates, int]:
+    return run["method"], run["share"], Rates(run["rate"], run["head_rate"]), run["seed"]
 
 
 @contextmanager
@@ -323,20 +258,26 @@ def changing(path: Path) -> Iterator[dict[str, Any]]:
         record.write(path, results)
 
 
-def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Per method at its rate: scores, their mean and deviation, and paired differences to `REFERENCE`."""
-    chosen = {
-        method: [run for run in results["runs"] if run["method"] == method and run["rate"] == results["rates"][method]]
-        for method in METHODS
-        if method in results["rates"]
-    }
+def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
+    """Per method at its rates: scores, their mean and deviation, and paired differences to `REFERENCE`."""
+    chosen = {}
+    for method in METHODS:
+        if rates := results["rates"].get(method):
+            budget = results["setting"]["share"] if method in WITHOUT_BUDGET else share
+            wanted = (method, budget, Rates(**rates))
+            runs = [run for run in results["runs"] if _which(run)[:3] == wanted]
+            if runs:
+                chosen[method] = runs
     tests = {method: {run["seed"]: run["test"] for run in runs} for method, runs in chosen.items()}
     rows = {}
     for method, runs in chosen.items():
         scores = [run["test"] for run in runs]
+        tried = [run for run in results["runs"] if run["method"] == method]
         rows[method] = {
-            "rate": results["rates"][method],
-            "rates_tried": sorted({run["rate"] for run in results["runs"] if run["method"] == method}),
+            "rate": runs[0]["rate"],
+            "head_rate": runs[0]["head_rate"],
+            "rates_tried": sorted({run["rate"] for run in tried if run["rate"]}),
+            "head_rates_tried": sorted({run["head_rate"] for run in tried if run["head_rate"]}),
             "test_mean": statistics.mean(scores),
             "test_std": spread(scores),
             "validation_mean": statistics.mean(run["validation"] for run in runs),
@@ -362,7 +303,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(SETTINGS)}; default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5, help="of the figures on the test split")
-    parser.add_argument("--search-seeds", type=int, default=2, help="of the search for a rate")
+    parser.add_argument("--search-seeds", type=int, default=2, help="of the search for rates")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=(), help="further budgets, at the rates of the first"
+    )
+    parser.add_argument("--other-seeds", type=int, default=2, help="at the further budgets")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--smoke", action="store_true", help="64 examples, one epoch, one seed; nothing is written")
@@ -379,11 +324,13 @@ def main(arguments: list[str] | None = None) -> None:
             cut_short(case)
             for method in given.methods:
                 try:
-                    print(name, train(case, method, case.setting.rate, 0)["method"], "runs", flush=True)
+                    train(case, method, first_rates(case, method), 0)
+                    print(name, method, "runs", flush=True)
                 except NothingToTrainError as reason:
                     print(name, method, f"is left out: {reason}", flush=True)
         else:
-            compare(case, given.methods, given.seeds, given.search_seeds, record.RESULTS / f"accuracy_{name}.json")
+            plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds)
+            compare(case, given.methods, plan, record.RESULTS / f"accuracy_{name}.json")
 
 
 if __name__ == "__main__":

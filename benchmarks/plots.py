@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import accuracy
 import matplotlib
 import record
+from cases import SETTINGS
 from matplotlib.figure import Figure
 
 from florapeft.report.figures import THEME
@@ -39,7 +39,7 @@ def figure(results: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    for name in accuracy.SETTINGS:
+    for name in SETTINGS:
         path = record.RESULTS / f"accuracy_{name}.json"
         if path.exists() and (results := record.read(path)).get("methods"):
             figure(results).savefig(IMAGES / f"accuracy-{name}.png", dpi=130)

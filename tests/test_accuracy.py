@@ -8,6 +8,7 @@ import gradient_lora
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import SETTINGS, Case
 from torch import nn
 
 from florapeft.train.fitting import WITHIN, trainable
@@ -70,7 +71,7 @@ class TestLoraFromGradients:
 
 @pytest.fixture(scope="module")
 def case():
-    case = accuracy.Case("digits", accuracy.SETTINGS["digits"], None)
+    case = Case("digits", SETTINGS["digits"], None)
     accuracy.cut_short(case)
     return case
 
@@ -93,14 +94,15 @@ class TestCase:
         assert abs((trainable(model) - head) / case.goal - 1) <= WITHIN
 
     def test_a_run(self, case):
-        run = accuracy.train(case, "head only", 1e-2, 0)
-        assert (run["method"], run["rate"], run["seed"], run["parameters"]) == ("head only", 1e-2, 0, 0)
+        run = accuracy.train(case, "head only", accuracy.Rates(None, 1e-2), 0)
+        assert (run["method"], run["head_rate"], run["seed"], run["parameters"]) == ("head only", 1e-2, 0, 0)
         assert 0 <= run["test"] <= 1
 
 
 def test_a_method_with_nothing_to_train_is_left_out(case, tmp_path, monkeypatch):
     monkeypatch.setattr(case, "task", replace(case.task, head=None))
-    accuracy.compare(case, ["head only"], 1, 1, tmp_path / "record.json")
+    monkeypatch.setattr(case, "goal", 1)
+    accuracy.compare(case, ["head only"], accuracy.Plan(1, 1), tmp_path / "record.json")
     results = json.loads((tmp_path / "record.json").read_text())
     assert list(results["left_out"]) == ["head only"]
     assert "parameters" in results["left_out"]["head only"]
@@ -110,25 +112,43 @@ def test_a_method_with_nothing_to_train_is_left_out(case, tmp_path, monkeypatch)
 def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     trained = []
 
-    def train(case, method, rate, seed):
-        trained.append((method, rate, seed))
-        score = 0.5 - abs(rate - 1e-2) + 0.01 * seed + 0.1 * (method == accuracy.REFERENCE)
-        counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0}
-        return {"method": method, "rate": rate, "seed": seed, "validation": score, "test": score, **counts}
+    def train(case, method, rates, seed):
+        trained.append((method, case.setting.share, *rates, seed))
+        score = 0.5 - abs(rates.body - 1e-2) - abs(rates.head - 3.2e-2) + 0.01 * seed
+        score += 0.1 * (method == accuracy.REFERENCE) - (case.setting.share < 0.05) * 0.2
+        counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0, "share": case.setting.share}
+        named = {"method": method, "rate": rates.body, "head_rate": rates.head, "seed": seed}
+        return {**named, "validation": score, "test": score, **counts}
 
     monkeypatch.setattr(accuracy, "train", train)
     path = tmp_path / "record.json"
-    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], 2, 1, path)
+    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], accuracy.Plan(2, 1), path)
     first = len(trained)
-    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], 3, 1, path)
-    assert trained[first:] == [("LoRA", 1e-2, 2), (accuracy.REFERENCE, 1e-2, 2)]
+    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], accuracy.Plan(3, 1, (0.02,), 1), path)
+    more = [(method, share, 1e-2, 3.2e-2, seed) for method in ("LoRA", accuracy.REFERENCE) for share, seed in MORE]
+    assert trained[first:] == more
     results = json.loads(path.read_text())
     assert len(results["runs"]) == len(trained) == len(set(trained))
     row = results["methods"]["LoRA"]
-    assert (row["rate"], row["seeds"]) == (1e-2, 3)
+    assert (row["rate"], row["head_rate"], row["seeds"]) == (1e-2, 3.2e-2, 3)
     assert row["rates_tried"] == [3.2e-3, 1e-2, 3.2e-2]
+    assert row["head_rates_tried"] == [1e-2, 3.2e-2, 1e-1]
     assert row["difference"]["mean"] == pytest.approx(-0.1)
     assert row["test_mean"] == pytest.approx(0.51)
+    other = results["other_budgets"]["0.02"]["LoRA"]
+    assert (other["seeds"], other["test_mean"]) == (1, pytest.approx(0.3))
+
+
+MORE = [(0.05, 2), (0.02, 0)]  # the share and the seed of the runs that are new
+
+
+def test_another_budget_has_its_own_ranks(case):
+    other = case.at(case.setting.share / 2)
+    assert other.goal == pytest.approx(case.goal / 2, abs=1)
+    assert other.heads is case.heads
+    assert (
+        accuracy.fitted("lora", other, other.model(0)).fit.rank < accuracy.fitted("lora", case, case.model(0)).fit.rank
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,138 @@
+"""The tasks of benchmarks/accuracy.py as all methods meet them: how each is trained, its warm heads, its budget."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tasks
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from florapeft import FloraConfig, FloraLayer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a task is trained: AdamW, a warm-up of 5% of the steps and cosine decay; batch norms in eval mode.
+
+    Attributes:
+        targets: FLoRA's `target_modules`; the other methods adapt the same layers.
+        share: adapter parameters, of the network's without its head.
+        rate: where the search for a rate begins, the same for all methods.
+        head_rate: of the head, in its first epoch; later where the search for its rate begins.
+        gradient_batches: how many batches a start from gradients sees.
+        data: arguments of the task's data.
+        bf16: whether forward passes run under autocast to bfloat16; what is trained stays in float32.
+    """
+
+    targets: str | list[str]
+    share: float
+    epochs: int
+    batch_size: int
+    rate: float
+    head_rate: float
+    gradient_batches: int
+    data: dict[str, int]
+    bf16: bool = False
+
+
+_BERT = ["query", "key", "value", "dense"]
+SETTINGS = {
+    "cifar100": Setting(r".*conv\d", 0.10, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
+    "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
+    "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
+    "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
+    "mrpc": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 2400}),
+    "sst2": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
+}
+
+
+class Case:
+    """A task, how it is trained, and what all methods share: warm heads, targets, the number of parameters."""
+
+    def __init__(self, name: str, setting: Setting, data: Path) -> None:
+        self.name, self.setting = name, setting
+        self.task = tasks.TASKS[name](data, **setting.data)
+        self.heads: dict[int, dict[str, Tensor]] = {}
+        self.fits: dict[str, Any] = {}  # what `accuracy.fitted` has found
+
+    def model(self, seed: int) -> nn.Module:
+        """The frozen network; a new head is drawn from `seed` and has trained alone for one epoch."""
+        model = self.task.model(seed).requires_grad_(False)
+        if self.task.head is None:
+            return model
+        head = model.get_submodule(self.task.head)
+        if seed not in self.heads:
+            head.requires_grad_(True)
+            fit(self, model, [(self.setting.head_rate, list(head.parameters()))], 1, seed)
+            self.heads[seed] = {key: value.clone() for key, value in head.state_dict().items()}
+            head.requires_grad_(False)
+        head.load_state_dict(self.heads[seed])
+        return model
+
+    def at(self, share: float) -> Case:
+        """The same at another budget."""
+        other = copy.copy(self)
+        other.setting, other.fits = replace(self.setting, share=share), {}
+        other.__dict__.pop("goal", None)
+        return other
+
+    @cached_property
+    def goal(self) -> int:
+        """Adapter parameters."""
+        body = [p.numel() for name, p in self.task.model(0).named_parameters() if not self.in_head(name)]
+        return round(self.setting.share * sum(body))
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The layers that FLoRA adapts."""
+        model = get_peft_model(self.task.model(0), self.config()).get_base_model()
+        return [name for name, module in model.named_modules() if isinstance(module, FloraLayer)]
+
+    def in_head(self, parameter: str) -> bool:
+        """Whether a parameter of this name, in a model with or without an adapter, is one of the new head's."""
+        return self.task.head in parameter.split(".")
+
+    @property
+    def trained_along(self) -> list[str] | None:
+        return None if self.task.head is None else [self.task.head]
+
+    def config(self, **fields: Any) -> FloraConfig:
+        given = {"target_modules": self.setting.targets, "modules_to_save": self.trained_along, "budget": self.goal}
+        return FloraConfig(**given, **fields)
+
+    def loss(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
+        with self.precision():
+            return self.task.loss(model, batch)
+
+    def score(self, model: nn.Module, split: tasks.Batch) -> float:
+        with self.precision():
+            return self.task.score(model, split)
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.bf16)
+
+    def batches(self, seed: int) -> list[tasks.Batch]:
+        """Some of the training batches, for what starts from gradients."""
+        order = torch.randperm(len(self.task.train["labels"]), generator=torch.Generator().manual_seed(seed))
+        count = self.setting.gradient_batches
+        return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
+
+
+def fit(
+    case: Case, model: nn.Module, groups: list[tuple[float | None, list[nn.Parameter]]], epochs: int, seed: int
+) -> float:
+    """Trains groups of parameters, each at its rate, in place; returns the last loss."""
+    torch.manual_seed(seed)
+    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
+    optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return tasks.fit(model, optimizer, case.task.train, epochs, case.setting.batch_size, case.loss)
