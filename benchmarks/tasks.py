@@ -120,7 +120,7 @@ def cifar100(data: Path, per_class: int = 40) -> Task:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
     def split(x: np.ndarray, y: np.ndarray) -> Batch:
-        pixels = ((torch.from_numpy(x).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        pixels = ((torch.from_numpy(x).float() / 255 - mean) / std).permute(0, 3, 1, 2)  # stays channels-last
         return {"images": pixels, "labels": torch.from_numpy(y.astype(np.int64))}
 
     chosen, held_out = order[:, :per_class].ravel(), order[:, per_class:].ravel()
@@ -231,7 +231,7 @@ def _resnet20(task: Task) -> nn.Module:
     wrong = [k for k in missing if not k.startswith("linear.") and not k.endswith("num_batches_tracked")]
     if wrong or unexpected:
         raise RuntimeError(f"the ResNet-20 checkpoint does not fit: missing {wrong}, unexpected {unexpected}")
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def _minilm_classifier(task: Task) -> nn.Module:
