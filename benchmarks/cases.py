@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,7 @@ class Setting:
 
 _BERT = ["query", "key", "value", "dense"]
 SETTINGS = {
-    "cifar100": Setting(r".*conv\d", 0.10, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
+    "cifar100": Setting(r".*conv\d", 0.10, 4, 64, 1e-2, 3.2e-2, 8, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
     "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
@@ -125,12 +126,19 @@ class Case:
 
 
 def fit(
-    case: Case, model: nn.Module, groups: list[tuple[float | None, list[nn.Parameter]]], epochs: int, seed: int
+    case: Case,
+    model: nn.Module,
+    groups: list[tuple[float | None, list[nn.Parameter]]],
+    epochs: int,
+    seed: int,
+    every_step: Callable[[nn.Module], None] | None = None,
 ) -> float:
     """Trains groups of parameters, each at its rate, in place; returns the last loss."""
     torch.manual_seed(seed)
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
+    if every_step is not None:
+        optimizer.register_step_post_hook(lambda *_: every_step(model))
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
