@@ -172,6 +172,7 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
         "seed": seed,
         "validation": case.score(model, task.validation),
         "test": case.score(model, task.test),
+        "further": case.further(model),
         "final_loss": loss if math.isfinite(loss) else None,
         "parameters": sum(parameter.numel() for parameter in body),
         "start_seconds": round(started - began, 2),
@@ -273,6 +274,7 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
     for method, runs in chosen.items():
         scores = [run["test"] for run in runs]
         tried = [run for run in results["runs"] if run["method"] == method]
+        further = runs[0].get("further", {})
         rows[method] = {
             "rate": runs[0]["rate"],
             "head_rate": runs[0]["head_rate"],
@@ -281,6 +283,7 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
             "test_mean": statistics.mean(scores),
             "test_std": spread(scores),
             "validation_mean": statistics.mean(run["validation"] for run in runs),
+            "further": {name: statistics.mean(run["further"][name] for run in runs) for name in further},
             "seeds": len(runs),
             "parameters": round(statistics.mean(run["parameters"] for run in runs)),
             "seconds": statistics.median(run["seconds"] for run in runs),

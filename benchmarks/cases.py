@@ -42,9 +42,11 @@ class Setting:
     bf16: bool = False
 
 
+_PAIR = r"image\..*conv\d|text\.encoder\.layer\.[45]\..*(query|key|value|dense)"
 _BERT = ["query", "key", "value", "dense"]
 SETTINGS = {
     "cifar100": Setting(r".*conv\d", 0.10, 4, 64, 1e-2, 3.2e-2, 8, {"per_class": 25}, bf16=True),
+    "captions": Setting(_PAIR, 0.0072, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
     "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
@@ -114,6 +116,10 @@ class Case:
     def score(self, model: nn.Module, split: tasks.Batch) -> float:
         with self.precision():
             return self.task.score(model, split)
+
+    def further(self, model: nn.Module) -> dict[str, float]:
+        with self.precision():
+            return self.task.further(model)
 
     def precision(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.bf16)

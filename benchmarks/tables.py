@@ -185,11 +185,13 @@ def accuracy(task: str) -> Callable[[], str]:
     def build() -> str:
         record = read(f"accuracy_{task}")
         rows = sorted(record["methods"].items(), key=lambda row: -row[1]["test_mean"])
+        further = list(rows[0][1].get("further", {}))
         lines = [
             (
                 method,
                 f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}",
                 _difference(row.get("difference")),
+                *(f"{100 * row['further'][name]:.1f}" for name in further),
                 f"{row['rate']:g}",
                 f"{row['parameters']:,}",
                 f"{row['seconds'] + row['start_seconds']:.0f}",
@@ -197,8 +199,9 @@ def accuracy(task: str) -> Callable[[], str]:
             )
             for method, row in rows
         ]
-        score = "accuracy, %" if record["score"] == "accuracy" else f"100 × {record['score']}"
-        header = (score, "difference (95% interval)", "rate", "parameters", "CPU seconds", "seeds")
+        score = f"{record['score']}, %" if record["score"].endswith("accuracy") else f"100 × {record['score']}"
+        named = (f"{name}, %" for name in further)
+        header = (score, "difference (95% interval)", *named, "rate", "parameters", "CPU seconds", "seeds")
         parts = ", ".join(f"{count:,} for {part}" for part, count in record["examples"].items())
         setting = record["setting"]
         caption = (

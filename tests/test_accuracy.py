@@ -118,7 +118,8 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
         score += 0.1 * (method == accuracy.REFERENCE) - (case.setting.share < 0.05) * 0.2
         counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0, "share": case.setting.share}
         named = {"method": method, "rate": rates.body, "head_rate": rates.head, "seed": seed}
-        return {**named, "validation": score, "test": score, **counts}
+        further = {"further": {"recall at 1": 0.1 * seed}}
+        return {**named, "validation": score, "test": score, **counts, **further}
 
     monkeypatch.setattr(accuracy, "train", train)
     path = tmp_path / "record.json"
@@ -135,6 +136,7 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     assert row["head_rates_tried"] == [1e-2, 3.2e-2, 1e-1]
     assert row["difference"]["mean"] == pytest.approx(-0.1)
     assert row["test_mean"] == pytest.approx(0.51)
+    assert row["further"] == {"recall at 1": pytest.approx(0.1)}
     other = results["other_budgets"]["0.02"]["LoRA"]
     assert (other["seeds"], other["test_mean"]) == (1, pytest.approx(0.3))
 
