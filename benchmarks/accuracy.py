@@ -36,9 +36,9 @@ from torch import nn
 
 from florapeft import allocate, initialize_from_gradients
 from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
-from florapeft.train.trials import climb, difference, spread
+from florapeft.train.trials import STEPS, climb, difference, rate_at, spread
 
-REFERENCE = "FLoRA, gradient start, ranks by spectrum"
+RECIPE = "FLoRA, gradient start"  # what all others are compared with
 WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 
 
@@ -142,8 +142,8 @@ METHODS: dict[str, Method] = {
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
-    "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
-    REFERENCE: partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
+    RECIPE: partial(flora, {"init_weights": "gradient"}),
+    "FLoRA, gradient start, ranks by spectrum": partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
 }
 
 
@@ -239,8 +239,13 @@ def search(case: Case, method: str, score: Callable[[Rates], float]) -> Rates:
 
 
 def first_rates(case: Case, method: str) -> Rates:
-    """Where the search for rates begins; None where there is nothing to train at it."""
-    body = None if method == "head only" else case.setting.rate
+    """Where the search for rates begins; None where there is nothing to train at it.
+
+    For full fine-tuning a factor of ten lower on the same grid, as its rates are known to be.
+    """
+    body = rate_at(case.setting.rate, -STEPS) if method == "full fine-tuning" else case.setting.rate
+    if method == "head only":
+        body = None
     return Rates(body, None if case.task.head is None else case.setting.head_rate)
 
 
@@ -260,7 +265,7 @@ def changing(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
-    """Per method at its rates: scores, their mean and deviation, and paired differences to `REFERENCE`."""
+    """Per method at its rates: scores, their mean and deviation, and paired differences to `RECIPE`."""
     chosen = {}
     for method in METHODS:
         if rates := results["rates"].get(method):
@@ -289,8 +294,8 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
             "seconds": statistics.median(run["seconds"] for run in runs),
             "start_seconds": statistics.median(run["start_seconds"] for run in runs),
         }
-        if REFERENCE in tests and method != REFERENCE:
-            rows[method]["difference"] = difference(tests[method], tests[REFERENCE])._asdict()
+        if RECIPE in tests and method != RECIPE:
+            rows[method]["difference"] = difference(tests[method], tests[RECIPE])._asdict()
     return rows
 
 

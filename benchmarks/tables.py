@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import evidence_tables
 import performance
 import situations
 import structure_tables
@@ -179,50 +180,6 @@ def plan_memory() -> str:
     return _table(("network", *parts), rows)
 
 
-def accuracy(task: str) -> Callable[[], str]:
-    """Methods at equal parameters on a task, best first, with their differences from FLoRA's full recipe."""
-
-    def build() -> str:
-        record = read(f"accuracy_{task}")
-        rows = sorted(record["methods"].items(), key=lambda row: -row[1]["test_mean"])
-        further = list(rows[0][1].get("further", {}))
-        lines = [
-            (
-                method,
-                f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}",
-                _difference(row.get("difference")),
-                *(f"{100 * row['further'][name]:.1f}" for name in further),
-                f"{row['rate']:g}",
-                f"{row['parameters']:,}",
-                f"{row['seconds'] + row['start_seconds']:.0f}",
-                row["seeds"],
-            )
-            for method, row in rows
-        ]
-        score = f"{record['score']}, %" if record["score"].endswith("accuracy") else f"100 × {record['score']}"
-        named = (f"{name}, %" for name in further)
-        header = (score, "difference (95% interval)", *named, "rate", "parameters", "CPU seconds", "seeds")
-        parts = ", ".join(f"{count:,} for {part}" for part, count in record["examples"].items())
-        setting = record["setting"]
-        caption = (
-            f"Examples: {parts}. {setting['epochs']} epochs after one of the head alone, batches of "
-            f"{setting['batch_size']}; {record['layers']} layers adapted. Rates were searched with "
-            f"{record['search_seeds']} seed{'s' if record['search_seeds'] > 1 else ''} on the validation split."
-        )
-        for method, reason in record.get("left_out", {}).items():
-            caption += f" {method} is left out: {reason}."
-        return f"{_table(('method', *header), lines)}\n\n{caption}"
-
-    return build
-
-
-def _difference(given: dict[str, float | None] | None) -> str:
-    if given is None:
-        return ""
-    mean, low, high = (None if value is None else 100 * value for value in given.values())
-    return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
 def allocation() -> str:
     """The rules that spend a budget, on one task."""
     record = read("allocation")
@@ -246,6 +203,7 @@ def _left_out(left: dict[str, Any]) -> str:
     return f"{left['reason']} (" + (f"{left['count']}, as " if left["count"] > 1 else "") + f"`{example}`)"
 
 
+_PARTS = performance.TABLES | situations.TABLES | structure_tables.TABLES | evidence_tables.TABLES
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "starts": starts,
@@ -255,14 +213,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability-conv": stability("conv"),
     "plan-memory": plan_memory,
     "allocation": allocation,
-    "accuracy-cifar100": accuracy("cifar100"),
-    "accuracy-digits": accuracy("digits"),
     "peft-suite": peft_suite,
     "peft-skips": peft_skips,
-    **{
-        name: lambda build=build: _table(*build())
-        for name, build in (performance.TABLES | situations.TABLES | structure_tables.TABLES).items()
-    },
+    **{name: lambda build=build: _table(*build()) for name, build in _PARTS.items()},
+    **{name: lambda build=build: _captioned(*build()) for name, build in evidence_tables.CAPTIONED.items()},
 }
 
 
@@ -279,6 +233,10 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _captioned(header: Iterable[str], rows: Iterable[Iterable[Any]], caption: str) -> str:
+    return f"{_table(header, rows)}\n\n{caption}"
 
 
 def _ratio(value: float) -> str:

@@ -83,7 +83,7 @@ class TestCase:
         assert not torch.equal(heads[0], heads[2])
         assert not any(parameter.requires_grad for parameter in case.model(0).parameters())
 
-    @pytest.mark.parametrize("method", ["LoRA", "LoRA, gradient start, ranks by spectrum", "FLoRA", accuracy.REFERENCE])
+    @pytest.mark.parametrize("method", ["LoRA", "LoRA, gradient start, ranks by spectrum", "FLoRA", accuracy.RECIPE])
     def test_equal_parameters_and_outputs_as_before(self, case, method):
         base = case.model(0).eval()
         expected = case.task.logits(base, case.task.train)
@@ -115,7 +115,7 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     def train(case, method, rates, seed):
         trained.append((method, case.setting.share, *rates, seed))
         score = 0.5 - abs(rates.body - 1e-2) - abs(rates.head - 3.2e-2) + 0.01 * seed
-        score += 0.1 * (method == accuracy.REFERENCE) - (case.setting.share < 0.05) * 0.2
+        score += 0.1 * (method == accuracy.RECIPE) - (case.setting.share < 0.05) * 0.2
         counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0, "share": case.setting.share}
         named = {"method": method, "rate": rates.body, "head_rate": rates.head, "seed": seed}
         further = {"further": {"recall at 1": 0.1 * seed}}
@@ -123,10 +123,10 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
 
     monkeypatch.setattr(accuracy, "train", train)
     path = tmp_path / "record.json"
-    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], accuracy.Plan(2, 1), path)
+    accuracy.compare(case, ["LoRA", accuracy.RECIPE], accuracy.Plan(2, 1), path)
     first = len(trained)
-    accuracy.compare(case, ["LoRA", accuracy.REFERENCE], accuracy.Plan(3, 1, (0.02,), 1), path)
-    more = [(method, share, 1e-2, 3.2e-2, seed) for method in ("LoRA", accuracy.REFERENCE) for share, seed in MORE]
+    accuracy.compare(case, ["LoRA", accuracy.RECIPE], accuracy.Plan(3, 1, (0.02,), 1), path)
+    more = [(method, share, 1e-2, 3.2e-2, seed) for method in ("LoRA", accuracy.RECIPE) for share, seed in MORE]
     assert trained[first:] == more
     results = json.loads(path.read_text())
     assert len(results["runs"]) == len(trained) == len(set(trained))

@@ -1,0 +1,158 @@
+"""The tables of docs/evidence.md, from results/accuracy_*.json and studies.json; tables.py writes them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from performance import RESULTS, Lines, read
+
+Captioned = tuple[list[str], list[list[Any]], str]
+RIVALS = ("LoRA", "DoRA", "LoHa", "LoKr")
+_CONVOLUTIONAL = ("cifar100", "volumes")
+_NAMES = {
+    "cifar100": "ResNet-20 to CIFAR-100",
+    "volumes": "3-D network to turned volumes",
+    "captions": "ResNet-20 and MiniLM to captions",
+    "digits": "ConvNeXt V2 to middle digits",
+    "experts": "mixture of experts to prose",
+    "cola": "MiniLM to CoLA",
+    "rte": "MiniLM to RTE",
+    "mrpc": "MiniLM to MRPC",
+    "sst2": "MiniLM to SST-2",
+}
+
+
+def accuracy(task: str) -> Callable[[], Captioned]:
+    """Methods at equal parameters on a task, best first, with their differences from FLoRA's recipe."""
+
+    def build() -> Captioned:
+        results = read(f"accuracy_{task}")
+        rows = sorted(results["methods"].items(), key=lambda row: -row[1]["test_mean"])
+        further = list(rows[0][1].get("further", {}))
+        score = f"{results['score']}, %" if results["score"].endswith("accuracy") else f"100 × {results['score']}"
+        named = [f"{name}, %" for name in further]
+        header = ["method", score, "difference (95% interval)", *named, "rates", "parameters", "CPU seconds", "seeds"]
+        lines = [
+            [
+                method,
+                _mean(row),
+                _interval(row.get("difference")),
+                *(f"{100 * row['further'][name]:.1f}" for name in further),
+                " / ".join("–" if rate is None else f"{rate:g}" for rate in (row["rate"], row["head_rate"])),
+                f"{row['parameters']:,}",
+                f"{row['seconds'] + row['start_seconds']:.0f}",
+                row["seeds"],
+            ]
+            for method, row in rows
+        ]
+        return header, lines, _caption(results)
+
+    return build
+
+
+def _caption(results: dict[str, Any]) -> str:
+    parts = ", ".join(f"{count:,} for {part}" for part, count in results["examples"].items())
+    setting, searched = results["setting"], results["search_seeds"]
+    warm = " after one of the head alone" if any(row["head_rate"] for row in results["methods"].values()) else ""
+    caption = (
+        f"Examples: {parts}. {setting['epochs']} epoch{'s' if setting['epochs'] > 1 else ''}{warm}, batches of "
+        f"{setting['batch_size']}; {results['layers']} layers adapted. Rates were searched "
+        f"with {searched} seed{'s' if searched > 1 else ''} on the validation split."
+    )
+    if warm and not any(len(row["head_rates_tried"]) > 1 for row in results["methods"].values()):
+        caption += f" The head's rate was not: it is {setting['head_rate']:g}."
+    for method, reason in results.get("left_out", {}).items():
+        caption += f" {method} is left out: {reason}."
+    return caption
+
+
+def budgets(task: str) -> Callable[[], Lines]:
+    """Scores of the methods that have a budget, at several of them."""
+
+    def build() -> Lines:
+        results = read(f"accuracy_{task}")
+        main = results["setting"]["share"]
+        tables = {float(share): rows for share, rows in results["other_budgets"].items()} | {main: results["methods"]}
+        shares = sorted(tables)
+        others = results["other_budgets"].values()
+        methods = [method for method in results["methods"] if all(method in rows for rows in others)]
+        methods.sort(key=lambda method: -results["methods"][method]["test_mean"])
+        lines = [[method, *(f"{_mean(tables[share][method])}" for share in shares)] for method in methods]
+        return ["method", *(f"{100 * share:g}% of the network" for share in shares)], lines
+
+    return build
+
+
+def summary() -> Lines:
+    """Per task, by how much FLoRA's recipe is ahead of the rivals that matter."""
+    lines, found = [], []
+    for task, name in _NAMES.items():
+        if not (RESULTS / f"accuracy_{task}.json").exists():
+            continue
+        rows = read(f"accuracy_{task}")["methods"]
+        recipe = next(method for method, row in rows.items() if "difference" not in row)
+        best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
+        if task in _CONVOLUTIONAL:
+            found.append(-rows[best]["difference"]["mean"])
+        others = (recipe.replace("FLoRA", "LoRA"), "full fine-tuning")
+        ahead = [_interval(_turned(rows[method]["difference"])) if method in rows else "" for method in (best, *others)]
+        lines.append([name, _mean(rows[recipe]), f"{best}: {ahead[0]}", *ahead[1:]])
+    lines.append(["mean of the convolutional tasks", "", f"{100 * statistics.mean(found):+.1f}", "", ""])
+    header = ["task", "FLoRA", f"ahead of the best of {', '.join(RIVALS)}", "of LoRA with the same from gradients"]
+    return [*header, "of full fine-tuning"], lines
+
+
+def _turned(given: dict[str, float | None]) -> dict[str, float | None]:
+    """The difference the other way round."""
+    mean, low, high = (None if value is None else -value for value in given.values())
+    return {"mean": mean, "low": high, "high": low}
+
+
+def study(name: str) -> Callable[[], Lines]:
+    """The variants of a study of benchmarks/studies.py."""
+
+    def build() -> Lines:
+        rows = read("studies")["studies"][name]
+        lines = [
+            [variant, _mean(row), f"{row['rate']:g}", f"{row['parameters']:,}", row["seeds"]]
+            for variant, row in rows.items()
+        ]
+        return [name, "test accuracy, %", "rate", "parameters", "seeds"], lines
+
+    return build
+
+
+def rates() -> Lines:
+    """Accuracy by budget and rate, all of them trained."""
+    rows = read("studies")["studies"]["rates"]
+    cells: dict[str, dict[str, str]] = {}
+    for variant, row in rows.items():
+        budget, rate = variant.split(", rate ")
+        cells.setdefault(budget, {})[rate] = f"{100 * row['test_mean']:.1f}"
+    columns = list(next(iter(cells.values())))
+    return ["budget", *columns], [[budget, *(found[rate] for rate in columns)] for budget, found in cells.items()]
+
+
+def _mean(row: dict[str, Any]) -> str:
+    return f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}"
+
+
+def _interval(given: dict[str, float | None] | None) -> str:
+    if given is None:
+        return ""
+    mean, low, high = (None if value is None else 100 * value for value in given.values())
+    return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _NAMES}
+TABLES = {
+    "evidence": summary,
+    **{f"budgets-{task}": budgets(task) for task in _NAMES},
+    "study-start": study("start"),
+    "study-factors": study("rates of the factors"),
+    "study-ranks": study("ranks"),
+    "study-locality": study("locality"),
+    "study-rates": rates,
+}
