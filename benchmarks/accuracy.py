@@ -285,6 +285,7 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
             "head_rate": runs[0]["head_rate"],
             "rates_tried": sorted({run["rate"] for run in tried if run["rate"]}),
             "head_rates_tried": sorted({run["head_rate"] for run in tried if run["head_rate"]}),
+            "tests": scores,
             "test_mean": statistics.mean(scores),
             "test_std": spread(scores),
             "validation_mean": statistics.mean(run["validation"] for run in runs),

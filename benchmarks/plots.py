@@ -1,6 +1,6 @@
 """Draws the figures of docs/evidence.md from the files under benchmarks/results/.
 
-python benchmarks/plots.py      # writes docs/images/accuracy-TASK.png for every task that has results
+python benchmarks/plots.py      # for every task that has results docs/images/accuracy-TASK.png, maybe budgets-TASK.png
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def figure(results: dict[str, Any]) -> Figure:
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = Figure(figsize=(8.4, 0.7 + 0.27 * len(rows)), layout="constrained")
         scores, seconds = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-        for place, (name, row) in enumerate(rows.items()):
-            seeds = [r["test"] for r in results["runs"] if (r["method"], r["rate"]) == (name, row["rate"])]
-            scores.plot([100 * value for value in seeds], [place] * len(seeds), "o", color=colours[place], alpha=0.45)
+        for place, row in enumerate(rows.values()):
+            seeds = [100 * value for value in row["tests"]]
+            scores.plot(seeds, [place] * len(seeds), "o", color=colours[place], alpha=0.45)
             scores.plot(100 * row["test_mean"], place, "|", color=ink, markersize=12, markeredgewidth=1.6)
         seconds.barh(range(len(rows)), [row["seconds"] + row["start_seconds"] for row in rows.values()], color=colours)
         scores.set_yticks(range(len(rows)), list(rows))
@@ -38,11 +38,34 @@ def figure(results: dict[str, Any]) -> Figure:
     return drawn
 
 
+def budgets(results: dict[str, Any]) -> Figure:
+    """Score against adapter parameters, a line for each method that was measured at several budgets."""
+    tables = [results["methods"], *results["other_budgets"].values()]
+    methods = [method for method in tables[0] if all(method in rows for rows in tables)]
+    methods.sort(key=lambda method: -tables[0][method]["test_mean"])
+    series = [THEME[role][0] for role in THEME if role.startswith("series-")]
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        drawn = Figure(figsize=(8.4, 4.2), layout="constrained")
+        axes = drawn.subplots()
+        for place, method in enumerate(methods):
+            points = sorted((rows[method]["parameters"], 100 * rows[method]["test_mean"]) for rows in tables)
+            style = "-o" if method.startswith("FLoRA") else "--s"
+            axes.plot(*zip(*points, strict=True), style, color=series[place % len(series)], label=method, markersize=4)
+        axes.set_xscale("log")
+        axes.set_xlabel("adapter parameters")
+        axes.set_ylabel(f"{results['score']} on the test split x 100")
+        axes.grid(color=THEME["line"][0])
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return drawn
+
+
 def main() -> None:
     for name in SETTINGS:
         path = record.RESULTS / f"accuracy_{name}.json"
         if path.exists() and (results := record.read(path)).get("methods"):
             figure(results).savefig(IMAGES / f"accuracy-{name}.png", dpi=130)
+            if results["other_budgets"]:
+                budgets(results).savefig(IMAGES / f"budgets-{name}.png", dpi=130)
             print(f"wrote {IMAGES / path.with_suffix('.png').name.replace('_', '-')}")
 
 
