@@ -187,13 +187,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "bases of the batches' Gram matrices": Variant(gram),
         "gradients of 1 batch": Variant(setting={"gradient_batches": 1}),
         "gradients of all batches": Variant(setting={"gradient_batches": 1000}),
-        "no gradients (default start)": Variant(plain, (5.6e-3, 1e-2, RATE)),
+        "no gradients (default start)": Variant(plain, (1e-2,)),
     },
     "rates of the factors": {
         "factors fixed": Variant(factor_rate=0.0),
         "a third of the core's": Variant(factor_rate=1 / 3),
         "as the core": Variant(),
-        "three times the core's": Variant(factor_rate=3.0, rates=(5.6e-3, RATE)),
+        "three times the core's": Variant(factor_rate=3.0, rates=(5.6e-3,)),
         "as the core, factors kept orthonormal": Variant(every_step=retract),
     },
     "ranks": {
