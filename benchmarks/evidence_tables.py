@@ -146,14 +146,17 @@ def _interval(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+_STUDIES = {
+    "start": study("start"),
+    "factors": study("rates of the factors"),
+    "ranks": study("ranks"),
+    "locality": study("locality"),
+    "rates": rates,
+}
 _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
-    "study-start": study("start"),
-    "study-factors": study("rates of the factors"),
-    "study-ranks": study("ranks"),
-    "study-locality": study("locality"),
-    "study-rates": rates,
+    **({f"study-{name}": build for name, build in _STUDIES.items()} if (RESULTS / "studies.json").exists() else {}),
 }

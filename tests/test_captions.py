@@ -123,7 +123,7 @@ def test_both_encoders_are_adapted_by_one_config(case):
     assert len(adapted) == 1 + 2 * 6  # the convolution, and all that multiplies in the last two layers of the text's
 
 
-@pytest.mark.parametrize("method", ["LoRA", "LoRA, gradient start", "FLoRA", accuracy.REFERENCE])
+@pytest.mark.parametrize("method", ["LoRA", "LoRA, gradient start", "FLoRA", accuracy.RECIPE])
 def test_a_method_trains_both(case, method):
     run = accuracy.train(case, method, accuracy.Rates(1e-2, 1e-2), 0)
     assert 0 <= run["test"] <= 1
