@@ -14,7 +14,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from florapeft import FloraConfig, FloraLayer
+from florapeft import FloraConfig
+from florapeft.train.fitting import adapted
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ SETTINGS = {
     "cifar100": Setting(r".*conv\d", 0.10, 4, 64, 1e-2, 3.2e-2, 8, {"per_class": 25}, bf16=True),
     "captions": Setting(_PAIR, 0.0072, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
+    "experts": Setting("all-weights", 0.05, 1, 16, 1e-2, 1e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 3000}),
     "rte": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 1600}),
     "mrpc": Setting(_BERT, 0.01, 3, 16, 2e-3, 1e-3, 16, {"train_examples": 2400}),
@@ -93,9 +95,8 @@ class Case:
 
     @cached_property
     def layers(self) -> list[str]:
-        """The layers that FLoRA adapts."""
-        model = get_peft_model(self.task.model(0), self.config()).get_base_model()
-        return [name for name, module in model.named_modules() if isinstance(module, FloraLayer)]
+        """The layers that FLoRA adapts, and the parameters that no layer stands for."""
+        return adapted(get_peft_model(self.task.model(0), self.config()).get_base_model())
 
     def in_head(self, parameter: str) -> bool:
         """Whether a parameter of this name, in a model with or without an adapter, is one of the new head's."""

@@ -2,34 +2,39 @@
 
 PEFT's LoRA-GA and EVA take linear layers alone. Here A is the leading right singular vectors of the gradient of the
 weight, flattened to a matrix of `(out, rest)`, B is zero, and ranks go to the singular values that hold most energy
-per parameter, with every layer's energy scaled to its number of weights.
+per parameter, with every layer's energy scaled to its number of weights. A stack of experts, `(experts, out, in)`, is a
+matrix per expert, all of one rank.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from florapeft.train.fitting import exactly
+from florapeft.train.fitting import attached, exactly, is_parameter, place, targeting
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """The summed gradients of the layers' weights, each of shape `(out, rest)`; the model is as it was afterwards."""
+    """The summed gradients of the layers' weights, as matrices `(out, rest)` or stacks of them, `(experts, out, in)`.
+
+    The model is as it was afterwards.
+    """
     was = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    weights = {name: model.get_submodule(name).weight for name in layers}
+    weights = {n: model.get_parameter(n if is_parameter(model, n) else f"{n}.weight") for n in layers}
     model.eval().requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in batches:
         loss(model, batch).backward()
-    found = {name: weight.grad.flatten(1) for name, weight in weights.items()}
+    found = {n: w.grad if is_parameter(model, n) else w.grad.flatten(1) for n, w in weights.items()}
     for parameter, wanted in was.items():
         parameter.grad = None
         parameter.requires_grad_(wanted)
@@ -42,13 +47,14 @@ def spectrum_ranks(found: dict[str, Tensor], budget: int) -> dict[str, int]:
     energies = {}
     for name, gradient in found.items():
         energy = torch.linalg.svdvals(gradient).square()
-        energies[name] = (energy / energy.sum() * gradient.numel() / sum(gradient.shape)).tolist()
+        energy = energy.reshape(-1, energy.shape[-1]).sum(0)  # over experts
+        energies[name] = (energy / energy.sum() * gradient.numel() / _cost(gradient)).tolist()
         heapq.heappush(queue, (-energies[name][0], name))
     while queue:
         _, name = heapq.heappop(queue)
-        if spent + sum(found[name].shape) > budget:
+        if spent + _cost(found[name]) > budget:
             continue
-        spent += sum(found[name].shape)
+        spent += _cost(found[name])
         ranks[name] += 1
         if ranks[name] < len(energies[name]):
             heapq.heappush(queue, (-energies[name][ranks[name]], name))
@@ -59,15 +65,22 @@ def attach_with(model: nn.Module, ranks: dict[str, int], **fields: Any) -> PeftM
     """LoRA with alpha = r, at these ranks."""
     ranks = {name: rank for name, rank in ranks.items() if rank}
     patterns = {exactly([name]): rank for name, rank in ranks.items()}
-    config = LoraConfig(target_modules=exactly(list(ranks)), rank_pattern=patterns, alpha_pattern=patterns, **fields)
-    return get_peft_model(model, config)
+    fields |= {**targeting(model, list(ranks)), "rank_pattern": patterns, "alpha_pattern": patterns}
+    return attached(model, LoraConfig(**fields))
 
 
 @torch.no_grad()
 def start_from_gradients(model: PeftModel, found: dict[str, Tensor]) -> None:
     """A of every layer becomes the leading right singular vectors; B stays zero."""
     for name, module in model.get_base_model().named_modules():
+        name = place(name, module)
         if name in found and hasattr(module, "lora_A"):
-            weight = module.lora_A["default"].weight
-            directions = torch.linalg.svd(found[name], full_matrices=False).Vh[: len(weight)]
-            weight.copy_(directions.view_as(weight))
+            weight = module.lora_A["default"].weight  # of a stack, the rows of one expert after those of another
+            directions = torch.linalg.svd(found[name], full_matrices=False).Vh
+            weight.copy_(directions[..., : module.r["default"], :].reshape(weight.shape))
+
+
+def _cost(gradient: Tensor) -> int:
+    """Parameters per rank."""
+    *experts, out, rest = gradient.shape
+    return prod(experts) * (out + rest)

@@ -202,6 +202,13 @@ def digits(data: Path) -> Task:
     return Task("digits", data, "classifier", task.train, task.validation, task.test, "accuracy")
 
 
+def experts(data: Path) -> Task:
+    """A mixture of experts from code to prose; needs no `data`."""
+    from expert_texts import experts  # which imports this module
+
+    return experts(data)
+
+
 class ResNet20(nn.Module):
     """ResNet-20 of He et al. (2015), section 4.2, with parameter-free shortcuts (option A)."""
 
@@ -269,6 +276,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cifar100": cifar100,
     "captions": captions,
     "digits": digits,
+    "experts": experts,
     **{name: partial(glue, name) for name in _GLUE},
 }
 

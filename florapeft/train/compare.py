@@ -21,10 +21,9 @@ import torch
 import transformers
 from torch import nn
 
-from florapeft import FloraLayer
 from florapeft.targets import task_heads
 from florapeft.train.data import Examples, load_examples, with_images
-from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, attaches, fitting, shared, trainable
+from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, attaches, fitting, shared, trainable
 from florapeft.train.gradients import warm_heads, warmup_epochs
 from florapeft.train.job import ROLES, Job, closest, load_job
 from florapeft.train.model import attach, load_base, load_collator, muted, task_fields
@@ -176,9 +175,9 @@ def _earlier_trials(job: Job, output: Path, say: Say) -> list[dict[str, Any]]:
 def _places(job: Job, examples: Examples, names: list[str]) -> tuple[int, dict[str, Place]]:
     """FLoRA's number of adapter parameters, and for every other adapter where it acts and at which rank."""
     base = load_base(job.task, job.model, examples.labels)
-    adapted = attach(job, shared(base))
-    goal = count_parameters(adapted)["adapter"]
-    layers = [name for name, module in adapted.get_base_model().named_modules() if isinstance(module, FloraLayer)]
+    model = attach(job, shared(base))
+    goal = count_parameters(model)["adapter"]
+    layers = adapted(model.get_base_model())
     fields = task_fields(job, base)
     places = {}
     for name in names:
