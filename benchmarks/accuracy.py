@@ -190,6 +190,7 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
         results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
         results["goal"], results["layers"], results["search_seeds"] = case.goal, len(case.layers), plan.search_seeds
         results["examples"] = {p: len(getattr(case.task, p)["labels"]) for p in ("train", "validation", "test")}
+        results |= case.task.facts()
         runs = results.setdefault("runs", [])
 
     def run(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ RIVALS = ("LoRA", "DoRA", "LoHa", "LoKr")
 _CONVOLUTIONAL = ("cifar100", "volumes")
 _NAMES = {
     "cifar100": "ResNet-20 to CIFAR-100",
-    "volumes": "3-D network to turned volumes",
+    "volumes": "3-D network to moulds of digits",
     "captions": "ResNet-20 and MiniLM to captions",
     "digits": "ConvNeXt V2 to middle digits",
     "experts": "mixture of experts to prose",
@@ -63,8 +64,13 @@ def _caption(results: dict[str, Any]) -> str:
     )
     if warm and not any(len(row["head_rates_tried"]) > 1 for row in results["methods"].values()):
         caption += f" The head's rate was not: it is {setting['head_rate']:g}."
+    if "source_accuracy" in results:
+        caption += f" Before, the network names {100 * results['source_accuracy']:.1f}% in its source task."
+    left_out: dict[str, list[str]] = {}
     for method, reason in results.get("left_out", {}).items():
-        caption += f" {method} is left out: {reason}."
+        left_out.setdefault(html.escape(reason, quote=False), []).append(method)
+    for reason, methods in left_out.items():
+        caption += f" Left out: {', '.join(methods)} ({reason})."
     return caption
 
 

