@@ -12,6 +12,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 CACHE = Path(__file__).parent / ".cache"
+skipped = False  # whether networks stay as they are built, for tests of what is done with them
 
 
 def load(build: Callable[[], nn.Module], pretrain: Callable[[nn.Module], None], name: str, recipe: object) -> nn.Module:
@@ -29,6 +30,8 @@ def load(build: Callable[[], nn.Module], pretrain: Callable[[nn.Module], None], 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build()
+        if skipped:
+            return model
         if path.is_file():
             load_model(model, path)
             return model

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import accuracy
 import gradient_lora
+import pretrained
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,8 @@ class TestCase:
 
 
 def test_a_method_with_nothing_to_train_is_left_out(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(case, "goal", case.goal)
     monkeypatch.setattr(case, "task", replace(case.task, head=None))
-    monkeypatch.setattr(case, "goal", 1)
     accuracy.compare(case, ["head only"], accuracy.Plan(1, 1), tmp_path / "record.json")
     results = json.loads((tmp_path / "record.json").read_text())
     assert list(results["left_out"]) == ["head only"]
@@ -154,8 +155,18 @@ def test_another_budget_has_its_own_ranks(case):
 
 
 @pytest.mark.slow
-def test_smoke(capsys):
-    accuracy.main(["digits", "--smoke"])
-    lines = capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("task", ["digits", "experts", "volumes"])  # those that need no data from elsewhere
+def test_smoke(task, capsys, monkeypatch):
+    monkeypatch.setattr(pretrained, "skipped", False)  # restored afterwards
+    accuracy.main([task, "--smoke"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(task)]
     assert len(lines) == len(accuracy.METHODS)
-    assert all(line.startswith("digits") and line.endswith("runs") for line in lines)
+    assert all(line.endswith("runs") or "is left out: " in line for line in lines)
+    assert sum(line.endswith("runs") for line in lines) > 8
+
+
+def test_a_task_without_its_data_is_left_out(capsys, tmp_path):
+    accuracy.main(["cifar100", "--smoke", "--data", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.startswith("cifar100 is left out: ")
+    assert str(tmp_path) in said
