@@ -93,14 +93,19 @@ class Fitted(NamedTuple):
 
 def fitted(name: str, case: Case, model: nn.Module) -> Fitted:
     if name not in case.fits:
-        variants = attaches(name, modules_to_save=case.trained_along)
-        layers, left_out = adaptable(variants[0], model, case.layers)
-        if not layers:
-            raise NothingToTrainError("; ".join(left_out.values()))
-        fit = fitting(variants, model, layers, case.goal)
-        facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
-        case.fits[name] = Fitted(fit, layers, facts)
+        with torch.random.fork_rng(devices=[]):  # a run is the same whether it is the first to ask or not
+            case.fits[name] = _fitted(name, case, model)
     return case.fits[name]
+
+
+def _fitted(name: str, case: Case, model: nn.Module) -> Fitted:
+    variants = attaches(name, modules_to_save=case.trained_along)
+    layers, left_out = adaptable(variants[0], model, case.layers)
+    if not layers:
+        raise NothingToTrainError("; ".join(left_out.values()))
+    fit = fitting(variants, model, layers, case.goal)
+    facts = {"rank": fit.rank, "one_more_in": len(fit.raised), **({"left_out": left_out} if left_out else {})}
+    return Fitted(fit, layers, facts)
 
 
 def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:

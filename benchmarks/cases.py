@@ -92,7 +92,9 @@ class Case:
     @cached_property
     def goal(self) -> int:
         """Adapter parameters."""
-        body = [p.numel() for name, p in self.task.model(0).named_parameters() if not self.in_head(name)]
+        with torch.random.fork_rng(devices=[]):
+            model = self.task.model(0)
+        body = [p.numel() for name, p in model.named_parameters() if not self.in_head(name)]
         return round(self.setting.share * sum(body))
 
     @cached_property

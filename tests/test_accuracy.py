@@ -94,6 +94,15 @@ class TestCase:
         assert facts
         assert abs((trainable(model) - head) / case.goal - 1) <= WITHIN
 
+    def test_what_is_found_once_per_case_draws_no_random_numbers(self, case):
+        fresh, starts = accuracy.Case("digits", case.setting, None), []
+        for _ in range(2):
+            model = case.model(0)
+            torch.manual_seed(1)
+            model, _ = accuracy.METHODS["LoRA"](fresh, model, 0)
+            starts.append([p.sum().item() for name, p in model.named_parameters() if "lora_A" in name])
+        assert starts[0] == starts[1]
+
     def test_a_run(self, case):
         run = accuracy.train(case, "head only", accuracy.Rates(None, 1e-2), 0)
         assert (run["method"], run["head_rate"], run["seed"], run["parameters"]) == ("head only", 1e-2, 0, 0)
