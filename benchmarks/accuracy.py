@@ -39,7 +39,7 @@ from florapeft import allocate, initialize_from_gradients
 from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
 from florapeft.train.trials import STEPS, climb, difference, rate_at, spread
 
-RECIPE = "FLoRA, gradient start"  # what all others are compared with
+RECIPE = "FLoRA, gradient start, ranks by spectrum"  # what all others are compared with
 WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 
 
@@ -148,8 +148,8 @@ METHODS: dict[str, Method] = {
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
-    RECIPE: partial(flora, {"init_weights": "gradient"}),
-    "FLoRA, gradient start, ranks by spectrum": partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
+    "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
+    RECIPE: partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
 }
 
 

@@ -76,19 +76,44 @@ def test_resuming_takes_the_ranks_of_the_checkpoint(jobs, tmp_path):
     assert "trains from the default start" not in stderr
 
 
-def test_too_few_batches(jobs, tmp_path):
-    arguments = [*jobs["image-classification"], "gradient_batches=1000", f"output={tmp_path / 'run'}"]
-    _, stderr = flora("train", *arguments, code=1)
-    assert "error: gradient_batches: 1000 batches of " in stderr
-    assert not list((tmp_path / "run").glob("*.yaml"))
+def test_all_batches_where_there_are_fewer(jobs, tmp_path):
+    arguments = [*jobs["image-classification"], "gradient_batches=1000", "train.num_train_epochs=1"]
+    record = json.loads(flora("train", *arguments, f"output={tmp_path / 'run'}", "--json")[0])
+    assert record["gradients"]["batches"] == record["steps"]
+
+
+def test_a_uniform_budget_stays_uniform(jobs, tmp_path):
+    more = ["adapter.budget=0.1", "adapter.allocation=uniform", "gradient_batches=1", "train.num_train_epochs=1"]
+    flora("train", *jobs["image-classification"], SMALL, *more, f"output={tmp_path / 'run'}")
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["init_weights"], saved["allocation"]) == ("gradient", "uniform")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "batches", "budget"),
+    [
+        ({}, 8, 0.01),
+        ({"budget": 0.1}, 8, 0.1),
+        ({"budget": 0.1, "allocation": "uniform"}, 0, 0.1),
+        ({"budget": 0.1, "init_weights": "released"}, 0, 0.1),
+        ({"r": 4}, 0, None),
+        ({"r": 4, "init_weights": "gradient"}, 8, None),
+    ],
+)
+def test_what_a_job_does_not_say(adapter, batches, budget):
+    job = parse_job({"task": "text-classification", "model": "m", "data": "d", "output": "o", "adapter": adapter})
+    assert (job.gradient_batches, job.adapter.get("budget")) == (batches, budget)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_batches": 0}, "gradient_batches must be a whole number from 1, got 0"),
-        ({"gradient_batches": "many"}, "gradient_batches must be a whole number from 1, got 'many'"),
-        ({"warmup_head": 1}, "warmup_head is for a pass of gradients; give gradient_batches too"),
+        ({"gradient_batches": -1}, "gradient_batches must be a whole number from 0, got -1"),
+        ({"gradient_batches": "many"}, "gradient_batches must be a whole number from 0, got 'many'"),
+        (
+            {"gradient_batches": 0, "warmup_head": 1},
+            "warmup_head is for a pass of gradients; give gradient_batches too",
+        ),
         ({"gradient_batches": 1, "warmup_head": -1}, "warmup_head must be a whole number from 0, got -1"),
         (
             {"gradient_batches": 1, "warmup_head": 1, "task": "causal-lm"},

@@ -232,7 +232,7 @@ def _train(comparison: Comparison, method: str, rate: float, seed: int, callback
         if method == "flora":
             model, _ = attach_adapter(scratch, base, collator, examples, arguments, callbacks)
         else:
-            epochs = 0 if job.gradient_batches is None else warmup_epochs(job)
+            epochs = warmup_epochs(job) if job.gradient_batches else 0
             warm_heads(base, epochs, arguments, trainer_of_heads(scratch, collator, examples, callbacks))
             model = _attach_other(comparison, method, base)
         trainer = make_trainer(scratch, model, collator, examples, arguments, callbacks, quiet=True)

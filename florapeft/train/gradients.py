@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def attach_by_gradients(
     """Warm the head up, look at `job.gradient_batches` batches, and attach the adapter that they call for.
 
     Args:
-        job: what to do; with `adapter.budget`, the gradients also choose the ranks.
+        job: what to do; with `adapter.budget`, the gradients also choose the ranks, unless it says how to spend it.
         base: the base model with a new head, if it has one; the head is trained, everything else is left as it is.
         rows: the training examples.
         collator: makes batches of them.
@@ -44,34 +45,26 @@ def attach_by_gradients(
         say: called with a line at each stage.
 
     Returns:
-        The model, and what this has cost: epochs of the head, batches, seconds.
-
-    Raises:
-        ValueError: there are fewer batches than asked for.
+        The model, and what this has cost: epochs of the head, batches (all there are, where those are fewer), seconds.
     """
     started, epochs = time.perf_counter(), warmup_epochs(job)
     size = arguments.train_batch_size
-    available = -(-len(rows) // size)
-    if available < job.gradient_batches:
-        raise ValueError(
-            f"gradient_batches: {job.gradient_batches} batches of {size} were asked for, and {len(rows)} training "
-            f"examples make {available}"
-        )
+    count = min(job.gradient_batches, math.ceil(len(rows) / size))
     warm_heads(base, epochs, arguments, train, say)
-    say(f"looking at the gradients of {job.gradient_batches} batches")
+    say(f"looking at the gradients of {count} batch" + ("es" if count > 1 else ""))
     base.to(arguments.device)
     loader = torch.utils.data.DataLoader(
         rows, size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(arguments.seed)
     )
-    batches = itertools.islice(loader, job.gradient_batches)
+    batches = itertools.islice(loader, count)
     config = adapter_config(job, base, init_weights="gradient")
-    if config.budget is not None and config.ranks is None:
+    if config.budget is not None and config.ranks is None and job.adapter.get("allocation") != "uniform":
         model = peft.get_peft_model(base, allocate(base, config, batches, _loss))
     else:
         model = peft.get_peft_model(base, config)
         initialize_from_gradients(model, batches, _loss)
     seconds = time.perf_counter() - started
-    return model, {"warmup_epochs": epochs, "batches": job.gradient_batches, "seconds": seconds}
+    return model, {"warmup_epochs": epochs, "batches": count, "seconds": seconds}
 
 
 def warm_heads(

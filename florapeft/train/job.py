@@ -21,6 +21,9 @@ OPTIONAL_COLUMNS = {"text-classification": ("text_pair",), "causal-lm": ("prompt
 
 # What the Trainer would otherwise take from its own defaults, chosen for adapters (docs/training.md says why).
 TRAIN_DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_strategy": "epoch", "disable_tqdm": True}
+# Of a job that says nothing of its adapter's ranks, and what chooses ranks and start where there is a budget
+# (docs/evidence.md says why).
+BUDGET, GRADIENT_BATCHES = 0.01, 8
 # Fields of TrainingArguments that this code sets, with where to say it instead.
 TRAIN_RESERVED = {
     "output_dir": "use the job's own `output`",
@@ -52,8 +55,9 @@ class DataSpec:
 class Job:
     """One fine-tuning job. `adapter` holds FloraConfig fields, `train` TrainingArguments fields.
 
-    With `gradient_batches`, the gradients of so many batches choose the adapter's start, and its ranks where it has a
-    budget; before that a new head is trained alone for `warmup_head` epochs.
+    The gradients of `gradient_batches` batches choose the adapter's start, and its ranks where it has a budget; before
+    that a new head is trained alone for `warmup_head` epochs. With 0 batches, the adapter starts without data.
+    `load_job` fills in what a job does not say of them.
     """
 
     task: str
@@ -63,7 +67,7 @@ class Job:
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     labels: list[str] | None = None
-    gradient_batches: int | None = None
+    gradient_batches: int = 0
     warmup_head: int | None = None
 
     def to_yaml(self) -> str:
@@ -165,7 +169,7 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
         if not isinstance(values["labels"], list):
             raise ValueError(f"{where}: labels must be a list of class names, got {_kind(values['labels'])}")
         values["labels"] = [str(label) for label in values["labels"]]
-    check_gradient_fields(values, where)
+    complete_ranks(values, where)
     values["train"] = {**TRAIN_DEFAULTS, **values["train"]}
     check_train_fields(values["train"], f"{where}: train")
     check_adapter_fields(values["adapter"], f"{where}: adapter")
@@ -173,19 +177,25 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
     return Job(**values)
 
 
-def check_gradient_fields(values: Mapping[str, Any], where: str) -> None:
-    """What a job may say of its gradient pass."""
-    batches, epochs = values.get("gradient_batches"), values.get("warmup_head")
-    for key, value, least in (("gradient_batches", batches, 1), ("warmup_head", epochs, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{where}: {key} must be a whole number from {least}, got {value!r}")
-    if epochs is not None and batches is None:
+def complete_ranks(values: dict[str, Any], where: str) -> None:
+    """Fills in a budget where a job gives no ranks, and a pass of gradients where it has a budget."""
+    adapter = values["adapter"]
+    if not any(adapter.get(key) is not None for key in ("r", "ranks", "rank_pattern", "budget")):
+        values["adapter"] = adapter = {"budget": BUDGET, **adapter}
+    start, batches, epochs = adapter.get("init_weights"), values.get("gradient_batches"), values.get("warmup_head")
+    for key, value in (("gradient_batches", batches), ("warmup_head", epochs)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{where}: {key} must be a whole number from 0, got {value!r}")
+    if batches and start not in (None, "gradient"):
+        raise ValueError(f"{where}: gradient_batches and adapter.init_weights={start!r} contradict each other")
+    if batches is None:
+        is_spent_by_data = adapter.get("budget") is not None and adapter.get("allocation") != "uniform"
+        wanted = start == "gradient" or (start is None and is_spent_by_data)
+        batches = values["gradient_batches"] = GRADIENT_BATCHES if wanted else 0
+    if epochs and not batches:
         raise ValueError(f"{where}: warmup_head is for a pass of gradients; give gradient_batches too")
     if epochs and values["task"] == "causal-lm":
         raise ValueError(f"{where}: warmup_head is for a new head, and task causal-lm has none")
-    start = values["adapter"].get("init_weights", "gradient")
-    if batches is not None and start != "gradient":
-        raise ValueError(f"{where}: gradient_batches and adapter.init_weights={start!r} contradict each other")
 
 
 def check_train_fields(train: Mapping[str, Any], where: str) -> None:

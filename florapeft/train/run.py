@@ -161,7 +161,7 @@ def attach_adapter(
     say: Say = lambda text: None,
 ) -> tuple[peft.PeftModel, dict[str, Any] | None]:
     """The adapted model, and what its pass of gradients has cost, if there was one."""
-    if job.gradient_batches is None:
+    if not job.gradient_batches:
         return attach(job, base), None
     if checkpoint:  # it has been done when the run began
         return attach_as_in(job, base, checkpoint), None
@@ -175,9 +175,15 @@ def trainer_of_heads(
     """What trains a base model's heads before anything is attached to it."""
 
     def train(model: torch.nn.Module, arguments: transformers.TrainingArguments) -> None:
+        own = dict(vars(model))
         trainer = make_trainer(job, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward is its own again
+        # In half precision accelerate puts its own forward there. Its way back (unwrap_model) would also take away
+        # what transformers has wrapped around the model's.
+        for name in ("forward", "_original_forward"):
+            model.__dict__.pop(name, None)
+            if name in own:
+                setattr(model, name, own[name])
 
     return train
 
