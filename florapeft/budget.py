@@ -2,7 +2,7 @@
 
 A rule says what each possible rank of a weight is worth, and one solver buys what is worth most per parameter:
 
-    uniform     one relative rank over all modes of all weights; needs no data
+    uniform     one relative rank over all modes of all weights but the experts' of a stack; needs no data
     spectrum    the energy that a rank keeps, estimated from the spectra of the weight's unfoldings
     update      the energy that a rank keeps of a given update, known exactly
 
@@ -129,7 +129,9 @@ def describe_spending(
     return f"Of a budget of {budget} parameters {total} are used: {why}"
 
 
-def uniform_choices(shape: Shape, channel_modes: Sequence[int], kernel_r: int | None = None) -> list[Choice]:
+def uniform_choices(
+    shape: Shape, channel_modes: Sequence[int], kernel_r: int | None = None, *, is_stack: bool = False
+) -> list[Choice]:
     """Every rank that one relative rank `ρ` in (0, 1] gives a weight: `⌈ρ d_n⌉` in each mode, in rising order of `ρ`.
 
     A rank that is more than the product of all others adds nothing and is lowered to it: the two of a matrix are equal.
@@ -140,8 +142,10 @@ def uniform_choices(shape: Shape, channel_modes: Sequence[int], kernel_r: int | 
         shape: the weight's shape.
         channel_modes: which modes are channels.
         kernel_r: rank of each other mode; None treats them as the channels.
+        is_stack: the first mode counts matrices, as of experts, and stays whole. With a share of it, experts cannot
+            move apart.
     """
-    return _uniform_choices(tuple(shape), tuple(channel_modes), kernel_r)
+    return _uniform_choices(tuple(shape), tuple(channel_modes), kernel_r, is_stack)
 
 
 def rank_grid(shape: Shape) -> tuple[tuple[int, ...], ...]:
@@ -262,11 +266,15 @@ def _ranks(shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int, int], ..
 
 
 @lru_cache(maxsize=1024)
-def _uniform_choices(shape: tuple[int, ...], channel_modes: tuple[int, ...], kernel_r: int | None) -> list[Choice]:
+def _uniform_choices(
+    shape: tuple[int, ...], channel_modes: tuple[int, ...], kernel_r: int | None, is_stack: bool
+) -> list[Choice]:
     if len(shape) == 1:
         return [Choice(shape, shape[0], float(shape[0]))]
-    free = [mode for mode in range(len(shape)) if mode in channel_modes or kernel_r is None]
-    rank = [1 if mode in free else min(kernel_r, size) for mode, size in enumerate(shape)]
+    free = [mode for mode in range(int(is_stack), len(shape)) if mode in channel_modes or kernel_r is None]
+    rank = [1 if mode in free else min(kernel_r or size, size) for mode, size in enumerate(shape)]
+    if is_stack:
+        rank[0] = shape[0]
     # Mode n rises above a rank k once ρ is above k / d_n.
     rises = sorted(
         (low / shape[mode], mode, high) for mode in free for low, high in pairwise(_steps(shape[mode], _FINENESS))

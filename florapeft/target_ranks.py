@@ -62,7 +62,7 @@ def solve_budget(targets: Iterable[Target], config: FloraConfig, budget: int) ->
             f"allocation={config.allocation!r} needs gradients: attach the configuration that "
             "florapeft.allocate(model, config, batches, loss) returns"
         )
-    choices = {t.name: uniform_choices(t.shape, t.channel_modes, config.kernel_r) for t in targets}
+    choices = {t.name: uniform_choices(t.shape, t.channel_modes, config.kernel_r, is_stack=t.is_stack) for t in targets}
     ranks = spend_on_energy(choices, budget)
     if problem := describe_spending(choices, ranks, budget):
         logger.warning(problem)

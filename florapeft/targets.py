@@ -67,6 +67,11 @@ class Target(NamedTuple):
     channel_modes: tuple[int, ...]
     bare: bool = False
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is taken for a stack of matrices: a bare parameter of order 3, as those of experts are."""
+        return self.bare and len(self.shape) == 3
+
 
 def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     """The weights that `config` selects in `model`, modules before bare parameters. Changes nothing.

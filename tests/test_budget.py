@@ -140,6 +140,13 @@ class TestUniform:
         assert ranks[0][:2] == (1, 1)
         assert ranks[-1][:2] == (40, 20)
 
+    @pytest.mark.parametrize("kernel_r", [None, 2])
+    def test_the_experts_of_a_stack_stay_apart(self, kernel_r):
+        choices = uniform_choices((8, 40, 20), (0, 1, 2), kernel_r, is_stack=True)
+        assert {choice.rank[0] for choice in choices} == {8}
+        assert (8, 10, 5) in [choice.rank for choice in choices]
+        assert all(choice.parameters == count_parameters((8, 40, 20), choice.rank) for choice in choices)
+
     @given(shapes, st.integers(1, 2000))
     def test_one_share_of_all_weights(self, shapes, budget):
         choices = {str(n): uniform_choices(shape, (0, 1)) for n, shape in enumerate(shapes)}

@@ -171,6 +171,7 @@ class TestBareParameters:
         model = get_peft_model(net(), config(budget=100, r=8, target_parameters=["matrix", "stack"]))
         assert sum(p.numel() for p in trainable(model).values()) <= 100
         assert set(model.peft_config["default"].ranks) == {"bare.matrix", "bare.stack"}
+        assert model.peft_config["default"].ranks["bare.stack"][0] == 3  # of the matrices, which stay apart
         model.save_pretrained(tmp_path)
         assert torch.equal(PeftModel.from_pretrained(net(), tmp_path)(X), model(X))
 
