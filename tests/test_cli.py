@@ -385,11 +385,14 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(jobs, tmp_path
 def test_torchrun_with_two_processes(jobs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "florapeft.cli", "train"]
     options = ["train.num_train_epochs=1", "train.per_device_train_batch_size=4", f"output={tmp_path}/o", "--json"]
+    options += ["gradient_batches=2"]  # after a head warmed up by both
     result = subprocess.run(
         [*command, *jobs[TEXT], *options], env=environment(), capture_output=True, text=True, timeout=280
     )
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)  # printed once, by the first process
+    assert record["gradients"]["warmup_epochs"] == 1
+    assert record["gradients"]["batches"] == 2
     assert record["steps"] == 3  # 24 examples, 2 processes of 4 each
     assert record["validation"]["loss"] == pytest.approx(0.693, abs=0.05)  # not twice that: see classification_loss
     assert len({path.name.split(".")[-2] for path in (tmp_path / "o" / "logs").iterdir()}) == 1  # one process wrote
