@@ -10,7 +10,7 @@ from typing import Any
 from performance import RESULTS, Lines, read
 
 Captioned = tuple[list[str], list[list[Any]], str]
-RIVALS = ("LoRA", "DoRA", "LoHa", "LoKr")
+RIVALS = ("LoRA", "rsLoRA", "DoRA", "LoHa", "LoKr")
 _CONVOLUTIONAL = ("cifar100", "volumes")
 _NAMES = {
     "cifar100": "ResNet-20 to CIFAR-100",
@@ -92,7 +92,7 @@ def budgets(task: str) -> Callable[[], Lines]:
 
 
 def summary() -> Lines:
-    """Per task, by how much FLoRA's recipe is ahead of the rivals that matter."""
+    """Per task, by how much FLoRA's recipe is ahead of the others, at equal parameters but for full fine-tuning."""
     lines, found = [], []
     for task, name in _NAMES.items():
         if not (RESULTS / f"accuracy_{task}.json").exists():
@@ -100,14 +100,17 @@ def summary() -> Lines:
         rows = read(f"accuracy_{task}")["methods"]
         recipe = next(method for method, row in rows.items() if "difference" not in row)
         best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
+        others = ("LoRA", best, recipe.replace("FLoRA", "LoRA"), "full fine-tuning")
+        ahead = [_turned(rows[method]["difference"]) if method in rows else None for method in others]
         if task in _CONVOLUTIONAL:
-            found.append(-rows[best]["difference"]["mean"])
-        others = (recipe.replace("FLoRA", "LoRA"), "full fine-tuning")
-        ahead = [_interval(_turned(rows[method]["difference"])) if method in rows else "" for method in (best, *others)]
-        lines.append([name, _mean(rows[recipe]), f"{best}: {ahead[0]}", *ahead[1:]])
-    lines.append(["mean of the convolutional tasks", "", f"{100 * statistics.mean(found):+.1f}", "", ""])
-    header = ["task", "FLoRA", f"ahead of the best of {', '.join(RIVALS)}", "of LoRA with the same from gradients"]
-    return [*header, "of full fine-tuning"], lines
+            found.append([difference["mean"] for difference in ahead])
+        cells = [_interval(difference) for difference in ahead]
+        cells[1] = f"{best}: {cells[1]}"
+        lines.append([name, _mean(rows[recipe]), *cells])
+    means = [f"{100 * statistics.mean(column):+.1f}" for column in zip(*found, strict=True)]
+    lines.append(["mean of the convolutional tasks", "", *means])
+    header = ["task", "FLoRA", "LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradients"]
+    return [*header, "full fine-tuning"], lines
 
 
 def _turned(given: dict[str, float | None]) -> dict[str, float | None]:
