@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import record
+from accuracy import WITHOUT_BUDGET
 from cases import SETTINGS
 from matplotlib.figure import Figure
 
@@ -41,7 +42,7 @@ def figure(results: dict[str, Any]) -> Figure:
 def budgets(results: dict[str, Any]) -> Figure:
     """Score against adapter parameters, a line for each method that was measured at several budgets."""
     tables = [results["methods"], *results["other_budgets"].values()]
-    methods = [method for method in tables[0] if all(method in rows for rows in tables)]
+    methods = [m for m in tables[0] if m not in WITHOUT_BUDGET and all(m in rows for rows in tables)]
     methods.sort(key=lambda method: -tables[0][method]["test_mean"])
     series = [THEME[role][0] for role in THEME if role.startswith("series-")]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
@@ -51,6 +52,8 @@ def budgets(results: dict[str, Any]) -> Figure:
             points = sorted((rows[method]["parameters"], 100 * rows[method]["test_mean"]) for rows in tables)
             style = "-o" if method.startswith("FLoRA") else "--s"
             axes.plot(*zip(*points, strict=True), style, color=series[place % len(series)], label=method, markersize=4)
+        full = 100 * tables[0]["full fine-tuning"]["test_mean"]
+        axes.axhline(full, color=THEME["ink"][0], linewidth=1, linestyle=":", label="full fine-tuning")
         axes.set_xscale("log")
         axes.set_xlabel("adapter parameters")
         axes.set_ylabel(f"{results['score']} on the test split x 100")
