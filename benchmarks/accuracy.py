@@ -194,7 +194,7 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
     """
     with changing(path) as results:
         results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
-        results["goal"], results["layers"], results["search_seeds"] = case.goal, len(case.layers), plan.search_seeds
+        results["goal"], results["layers"] = case.goal, len(case.layers)
         results["examples"] = {p: len(getattr(case.task, p)["labels"]) for p in ("train", "validation", "test")}
         results |= case.task.facts()
         runs = results.setdefault("runs", [])
@@ -230,6 +230,7 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
             continue
         with changing(path) as results:
             results.setdefault("rates", {})[method] = rates._asdict()
+            results.setdefault("search_seeds", {})[method] = plan.search_seeds
             results["methods"] = summary(results, case.setting.share)
             shares = sorted({run["share"] for run in results["runs"]} - {case.setting.share})
             results["other_budgets"] = {str(share): summary(results, share) for share in shares}

@@ -55,12 +55,12 @@ def accuracy(task: str) -> Callable[[], Captioned]:
 
 def _caption(results: dict[str, Any]) -> str:
     parts = ", ".join(f"{count:,} for {part}" for part, count in results["examples"].items())
-    setting, searched = results["setting"], results["search_seeds"]
+    setting, searched = results["setting"], sorted(set(results["search_seeds"].values()))
     warm = " after one of the head alone" if any(row["head_rate"] for row in results["methods"].values()) else ""
     caption = (
         f"Examples: {parts}. {setting['epochs']} epoch{'s' if setting['epochs'] > 1 else ''}{warm}, batches of "
         f"{setting['batch_size']}; {results['layers']} layers adapted. Rates were searched "
-        f"with {searched} seed{'s' if searched > 1 else ''} on the validation split."
+        f"with {' or '.join(map(str, searched))} seed{'s' if searched != [1] else ''} on the validation split."
     )
     if warm and not any(len(row["head_rates_tried"]) > 1 for row in results["methods"].values()):
         caption += f" The head's rate was not: it is {setting['head_rate']:g}."
