@@ -191,6 +191,7 @@ STUDIES: dict[str, dict[str, Variant]] = {
     },
     "rates of the factors": {
         "factors fixed": Variant(factor_rate=0.0),
+        "factors fixed, of 25% of the network": Variant(factor_rate=0.0, setting={"share": 0.25}),
         "a third of the core's": Variant(factor_rate=1 / 3),
         "as the core": Variant(),
         "three times the core's": Variant(factor_rate=3.0, rates=(5.6e-3,)),
