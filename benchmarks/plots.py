@@ -44,14 +44,16 @@ def budgets(results: dict[str, Any]) -> Figure:
     tables = [results["methods"], *results["other_budgets"].values()]
     methods = [m for m in tables[0] if m not in WITHOUT_BUDGET and all(m in rows for rows in tables)]
     methods.sort(key=lambda method: -tables[0][method]["test_mean"])
-    series = [THEME[role][0] for role in THEME if role.startswith("series-")]
+    colours = matplotlib.colormaps["tab10"].colors
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         drawn = Figure(figsize=(8.4, 4.2), layout="constrained")
         axes = drawn.subplots()
         for place, method in enumerate(methods):
             points = sorted((rows[method]["parameters"], 100 * rows[method]["test_mean"]) for rows in tables)
             style = "-o" if method.startswith("FLoRA") else "--s"
-            axes.plot(*zip(*points, strict=True), style, color=series[place % len(series)], label=method, markersize=4)
+            axes.plot(
+                *zip(*points, strict=True), style, color=colours[place % len(colours)], label=method, markersize=4
+            )
         full = 100 * tables[0]["full fine-tuning"]["test_mean"]
         axes.axhline(full, color=THEME["ink"][0], linewidth=1, linestyle=":", label="full fine-tuning")
         axes.set_xscale("log")
