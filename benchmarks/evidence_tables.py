@@ -158,15 +158,16 @@ def _interval(given: dict[str, float | None] | None) -> str:
 
 _STUDIES = {
     "start": study("start"),
-    "factors": study("rates of the factors"),
+    "rates of the factors": study("rates of the factors"),
     "ranks": study("ranks"),
     "locality": study("locality"),
     "rates": rates,
 }
+_STUDIED = read("studies")["studies"] if (RESULTS / "studies.json").exists() else {}
 _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
-    **({f"study-{name}": build for name, build in _STUDIES.items()} if (RESULTS / "studies.json").exists() else {}),
+    **{f"study-{name.replace(' ', '-')}": build for name, build in _STUDIES.items() if name in _STUDIED},
 }
