@@ -105,7 +105,7 @@ class TestMethods:
         names = {name.rpartition(".")[2] for name in case.layers}
         assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
 
-    @pytest.mark.parametrize("method", ["LoRA", "DoRA", "LoRA, gradient start, ranks by spectrum", accuracy.REFERENCE])
+    @pytest.mark.parametrize("method", ["LoRA", "DoRA", "LoRA, gradient start, ranks by spectrum", accuracy.RECIPE])
     def test_equal_parameters_and_outputs_as_before(self, case, method):
         expected = case.task.logits(case.model(0).eval(), case.task.test)
         model, facts = accuracy.METHODS[method](case, case.model(0), 0)
