@@ -271,10 +271,9 @@ def _uniform_choices(
 ) -> list[Choice]:
     if len(shape) == 1:
         return [Choice(shape, shape[0], float(shape[0]))]
-    free = [mode for mode in range(int(is_stack), len(shape)) if mode in channel_modes or kernel_r is None]
-    rank = [1 if mode in free else min(kernel_r or size, size) for mode, size in enumerate(shape)]
-    if is_stack:
-        rank[0] = shape[0]
+    whole = 1 if is_stack else 0  # leading modes that are
+    free = [mode for mode in range(whole, len(shape)) if mode in channel_modes or kernel_r is None]
+    rank = [*shape[:whole], *(1 if mode in free else min(kernel_r, shape[mode]) for mode in range(whole, len(shape)))]
     # Mode n rises above a rank k once ρ is above k / d_n.
     rises = sorted(
         (low / shape[mode], mode, high) for mode in free for low, high in pairwise(_steps(shape[mode], _FINENESS))
