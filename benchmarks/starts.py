@@ -61,14 +61,7 @@ def train(task: tasks.Task, setting: Setting, start: str, rate: float, seed: int
         weight_decay=setting.weight_decay,
     )
     began = time.perf_counter()
-    loss = tasks.fit(
-        model.train(),
-        optimizer,
-        task.train,
-        setting.epochs,
-        setting.batch_size,
-        lambda model, batch: task.loss(model, task.augment(batch)),
-    )
+    loss = tasks.fit(model.train(), optimizer, task.train, setting.epochs, setting.batch_size, task.augmented_loss)
     return {
         "start": start,
         "rate": rate,

@@ -61,6 +61,9 @@ class Task:
         length = int(batch["attention_mask"].sum(1).max())
         return model(**{key: value[:, :length] for key, value in batch.items() if key != "labels"}).logits
 
+    def augmented_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss(model, self.augment(batch))
+
     def augment(self, batch: Batch) -> Batch:
         """Random flip and shift by up to four pixels for images; text stays as it is."""
         if "images" not in batch:

@@ -73,11 +73,4 @@ def _tune(task: tasks.Task, model: nn.Module, setting: Setting) -> None:
         groups[id(parameter) in head].append(parameter)
     rates = [{"params": groups[False], "lr": setting.rate}, {"params": groups[True], "lr": setting.head_rate}]
     optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
-    tasks.fit(
-        model.train(),
-        optimizer,
-        task.train,
-        setting.epochs,
-        setting.batch_size,
-        lambda model, batch: task.loss(model, task.augment(batch)),
-    )
+    tasks.fit(model.train(), optimizer, task.train, setting.epochs, setting.batch_size, task.augmented_loss)
