@@ -15,30 +15,30 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import record
+import tasks
 import torch
-from accuracy import changing
+from accuracy import changing, flora
 from cases import SETTINGS, Case, fit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from florapeft import FloraLayer, allocate, initialize_from_gradients
+from florapeft import FloraLayer
 from florapeft.budget import choices_from_energies, rank_grid, spend_on_energy
-from florapeft.gradient_sums import Weight, gradient_sums
+from florapeft.gradient_sums import GradientSum, Weight, gradient_sums
 from florapeft.init import start_from_bases
 from florapeft.train.trials import spread
 from florapeft.tucker import Tucker, captured_energy, hosvd, hosvd_core, unfold
 
 RATE = 1.8e-2
 Build = Callable[[Case, nn.Module, int], nn.Module]
-Groups = list[tuple[float | None, list[nn.Parameter]]]
 
 
 def layers(model: PeftModel) -> dict[str, FloraLayer]:
@@ -47,17 +47,18 @@ def layers(model: PeftModel) -> dict[str, FloraLayer]:
 
 def gradient_start(case: Case, model: nn.Module, seed: int, **fields: Any) -> PeftModel:
     """FLoRA at the case's budget with its start from gradients: factors the leading HOSVD bases, core zero."""
-    config = case.config(init_weights="gradient", **fields)
-    if config.allocation == "spectrum":
-        return get_peft_model(model, allocate(model, config, case.batches(seed), case.loss))
-    model = get_peft_model(model, config)
-    initialize_from_gradients(model, case.batches(seed), case.loss)
-    return model
+    return flora({"init_weights": "gradient", **fields}, case, model, seed)[0]
 
 
 def plain(case: Case, model: nn.Module, seed: int) -> PeftModel:
     """FLoRA without data."""
-    return get_peft_model(model, case.config())
+    return flora({}, case, model, seed)[0]
+
+
+def sums(case: Case, model: nn.Module, batches: list[tasks.Batch]) -> dict[str, GradientSum]:
+    """The summed gradients of the weights that are adapted."""
+    weights = {name: Weight(model.get_submodule(name), "weight") for name in case.layers}
+    return gradient_sums(model, weights, batches, case.loss)
 
 
 @torch.no_grad()
@@ -75,12 +76,8 @@ def zero_output(case: Case, model: nn.Module, seed: int) -> PeftModel:
 def gram(case: Case, model: nn.Module, seed: int) -> PeftModel:
     """Bases of the unfolded gradients' Gram matrices, summed over batches, instead of those of the summed gradient."""
     found: dict[tuple[str, int], Tensor] = {}
-    names = case.layers
     for batch in case.batches(seed):
-        sums = gradient_sums(
-            model, {name: Weight(model.get_submodule(name), "weight") for name in names}, [batch], case.loss
-        )
-        for name, total in sums.items():
+        for name, total in sums(case, model, [batch]).items():
             for mode in range(4):
                 unfolded = unfold(total.value.to_tensor(), mode)
                 found[name, mode] = found.get((name, mode), 0) + unfolded @ unfolded.mT
@@ -94,10 +91,9 @@ def gram(case: Case, model: nn.Module, seed: int) -> PeftModel:
 
 def exact_energies(case: Case, model: nn.Module, seed: int) -> PeftModel:
     """Ranks by the energy of the gradient that each keeps, not by its estimate from the spectra of the unfoldings."""
-    weights = {name: Weight(model.get_submodule(name), "weight") for name in case.layers}
-    sums = gradient_sums(model, weights, case.batches(seed), case.loss)
+    totals = sums(case, model, case.batches(seed))
     choices = {}
-    for name, total in sums.items():
+    for name, total in totals.items():
         gradient = total.value.to_tensor()
         grid = rank_grid(gradient.shape)
         energies = captured_energy(hosvd_core(gradient), grid)
@@ -105,7 +101,7 @@ def exact_energies(case: Case, model: nn.Module, seed: int) -> PeftModel:
         choices[name] = choices_from_energies(gradient.shape, energies.flatten().tolist())
     ranks = spend_on_energy(choices, case.goal)
     config = replace(case.config(init_weights="gradient"), ranks={name: list(rank) for name, rank in ranks.items()})
-    config.gradient_bases = {name: sums[name].bases(rank) for name, rank in ranks.items()}
+    config.gradient_bases = {name: totals[name].bases(rank) for name, rank in ranks.items()}
     return get_peft_model(model, config)
 
 
@@ -130,11 +126,10 @@ def taps(case: Case, model: nn.Module, seed: int, *, permuted: bool, kernel_r: i
 
     A permutation leaves number and shape of the parameters alone, and takes from the kernel modes what they mean.
     """
-    weights = {name: Weight(model.get_submodule(name), "weight") for name in case.layers}
-    sums = gradient_sums(model, weights, case.batches(seed), case.loss)
+    totals = sums(case, model, case.batches(seed))
     ranks = get_peft_model(case.task.model(0), case.config(kernel_r=kernel_r)).peft_config["default"].ranks
     generator = torch.Generator().manual_seed(seed)
-    for name, total in sums.items():
+    for name, total in totals.items():
         gradient = total.value.to_tensor()
         count = gradient[0, 0].numel()
         order = torch.randperm(count, generator=generator) if permuted else torch.arange(count)
@@ -289,15 +284,15 @@ def main() -> None:
         for variant in STUDIES[study].values():
             name = first_name(variant)
             for rate, seed in product(variant.rates, range(given.seeds)):
-                with changing(path) as results:
-                    done = [(r["variant"], r["rate"], r["seed"]) for r in results.setdefault("runs", [])]
-                if (name, rate, seed) in done:
+                done = record.read(path).get("runs", [])
+                if any((r["variant"], r["rate"], r["seed"]) == (name, rate, seed) for r in done):
                     continue
                 found = run(case, name, variant, rate, seed)
                 print(found, flush=True)
                 with changing(path) as results:
-                    results["runs"].append(found)
+                    results.setdefault("runs", []).append(found)
         with changing(path) as results:
+            results["setting"] = asdict(case.setting)
             rows = summary(results["runs"])
             names = {label: first_name(variant) for label, variant in STUDIES[study].items()}
             results.setdefault("studies", {})[study] = {label: rows[name] for label, name in names.items()}
