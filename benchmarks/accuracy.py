@@ -277,8 +277,7 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
     chosen = {}
     for method in METHODS:
         if rates := results["rates"].get(method):
-            budget = results["setting"]["share"] if method in WITHOUT_BUDGET else share
-            wanted = (method, budget, Rates(**rates))
+            wanted = (method, share, Rates(**rates))
             runs = [run for run in results["runs"] if _which(run)[:3] == wanted]
             if runs:
                 chosen[method] = runs

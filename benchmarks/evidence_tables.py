@@ -84,7 +84,6 @@ def budgets(task: str) -> Callable[[], Lines]:
         shares = sorted(tables)
         others = results["other_budgets"].values()
         methods = [method for method in results["methods"] if all(method in rows for rows in others)]
-        methods = [method for method in methods if len({rows[method]["parameters"] for rows in tables.values()}) > 1]
         methods.sort(key=lambda method: -results["methods"][method]["test_mean"])
         lines = [[method, *(f"{_mean(tables[share][method])}" for share in shares)] for method in methods]
         return ["method", *(f"{100 * share:g}% of the network" for share in shares)], lines

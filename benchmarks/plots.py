@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib
 import record
-from accuracy import WITHOUT_BUDGET
 from cases import SETTINGS
 from matplotlib.figure import Figure
 
@@ -42,7 +41,7 @@ def figure(results: dict[str, Any]) -> Figure:
 def budgets(results: dict[str, Any]) -> Figure:
     """Score against adapter parameters, a line for each method that was measured at several budgets."""
     tables = [results["methods"], *results["other_budgets"].values()]
-    methods = [m for m in tables[0] if m not in WITHOUT_BUDGET and all(m in rows for rows in tables)]
+    methods = [method for method in tables[0] if all(method in rows for rows in tables)]
     methods.sort(key=lambda method: -tables[0][method]["test_mean"])
     colours = matplotlib.colormaps["tab10"].colors
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
