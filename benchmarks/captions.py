@@ -2,7 +2,7 @@
 
 Each encoder comes pretrained on data of its own kind, so nothing relates images to texts before. A new head maps the
 features of images into the space of MiniLM's sentences, where the names of classes that were never trained on have a
-meaning too: trained on 70 classes of CIFAR-100, the pair tells 20 others apart by their names.
+meaning too: trained on 60 classes of CIFAR-100, the pair tells 20 others apart by their names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Classes(NamedTuple):
     test: Tensor
 
 
-def split_classes(count: int = 100, validation: int = 10, test: int = 20) -> Classes:
+def split_classes(count: int = 100, validation: int = 20, test: int = 20) -> Classes:
     """The same split of `count` classes at every call."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return Classes(*(part.sort().values for part in order.split([count - validation - test, validation, test])))

@@ -47,15 +47,21 @@ _PAIR = r"image\..*conv\d|text\.encoder\.layer\.[45]\..*(query|key|value|dense)"
 _BERT = ["query", "key", "value", "dense"]
 SETTINGS = {
     "cifar100": Setting(r".*conv\d", 0.10, 4, 64, 1e-2, 3.2e-2, 8, {"per_class": 25}, bf16=True),
-    "captions": Setting(_PAIR, 0.0072, 3, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
+    "captions": Setting(_PAIR, 0.0072, 4, 64, 1e-2, 1e-2, 8, {"per_class": 25}, bf16=True),
     "digits": Setting("all-weights", 0.05, 12, 64, 1e-2, 1e-2, 8, {}),
     "experts": Setting("all-weights", 0.05, 1, 16, 1e-2, 1e-2, 8, {}),
     # not bf16: torch 2.13's gradient of a 3-D kernel over 2 x 2 x 2 voxels is not a number then
     "volumes": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 3.2e-2, 8, {}),
-    "cola": Setting(_BERT, 0.01, 3, 16, 3.2e-3, 1e-3, 16, {"train_examples": 3000}, bf16=True),
-    "rte": Setting(_BERT, 0.01, 3, 16, 3.2e-3, 1e-3, 16, {"train_examples": 1600}, bf16=True),
-    "mrpc": Setting(_BERT, 0.01, 3, 16, 3.2e-3, 1e-3, 16, {"train_examples": 2400}, bf16=True),
-    "sst2": Setting(_BERT, 0.01, 2, 16, 3.2e-3, 1e-3, 16, {"train_examples": 1000}, bf16=True),
+    "cola": Setting(_BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 1500}, bf16=True),
+    "rte": Setting(
+        _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
+    ),
+    "mrpc": Setting(
+        _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
+    ),
+    "sst2": Setting(
+        _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 1000, "held_out_examples": 500}, bf16=True
+    ),
 }
 
 
