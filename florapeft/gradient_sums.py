@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from florapeft.kinds import quantized_as, weight_shape
 from florapeft.layer import FloraLayer, parameter_shape, quantization_backend, stop_repacking, weight_of
 from florapeft.rank import count_parameters
-from florapeft.tucker import Tucker, hosvd, mode_energies, multi_mode_dot, unfold
+from florapeft.tucker import Tucker, hosvd, mode_dot, mode_energies, unfold
 
 logger = logging.getLogger("florapeft")
 
@@ -37,7 +37,8 @@ class GradientSum:
     """The sum of the gradients of one weight, in float32.
 
     Where that saves at least half, it is kept in Tucker form: compressed anew with every gradient that is added, to the
-    leading directions of each mode.
+    leading directions of each mode, one mode after the other (Vannieuwenhoven, Vandebril, Meerbergen (2012), "A New
+    Truncation Strategy for the Higher-Order Singular Value Decomposition", SIAM J. Sci. Comput. 34(2)).
 
     Args:
         shape: of the weight.
@@ -65,11 +66,10 @@ class GradientSum:
         if not self.is_compressed:
             self.value = Tucker(total, (None,) * total.ndim)
             return
-        factors = [
-            None if kept == d else _leading_directions(unfold(total, mode), kept)
-            for mode, (d, kept) in enumerate(zip(total.shape, self.kept, strict=True))
-        ]
-        core = multi_mode_dot(total, [None if factor is None else factor.mT for factor in factors])
+        core, factors = total, []
+        for mode, (size, kept) in enumerate(zip(total.shape, self.kept, strict=True)):
+            factors.append(None if kept == size else _leading_directions(unfold(core, mode), kept))
+            core = core if factors[-1] is None else mode_dot(core, factors[-1].mT, mode)
         self.lost += max(0.0, float(total.double().square().sum() - core.double().square().sum()))
         self.value = Tucker(core, tuple(factors))
 
@@ -258,9 +258,10 @@ def _leading_directions(matrix: Tensor, count: int) -> Tensor:
     Source: Halko, Martinsson, Tropp (2011), SIAM Review 53(2), algorithms 4.4 and 5.1.
     """
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(matrix.shape[1], min(count + 8, *matrix.shape), generator=generator)
+    width = min(count + 8, *matrix.shape)
+    probes = torch.randn(matrix.shape[1], width, generator=generator)
     basis = torch.linalg.qr(matrix @ probes.to(matrix.device)).Q
-    for _ in range(2):
+    for _ in range(2 if width < min(matrix.shape) else 0):  # else the basis spans all columns already
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     projected = (basis.mT @ matrix).double()
     vectors = torch.linalg.eigh(projected @ projected.mT).eigenvectors.flip(1)
