@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from results/accuracy_*.json and studies.json; tables.py writes them."""
+"""The tables of docs/evidence.md, from results/accuracy_*.json and studies_*.json; tables.py writes them."""
 
 from __future__ import annotations
 
@@ -120,22 +120,25 @@ def _turned(given: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def study(name: str) -> Callable[[], Lines]:
-    """The variants of a study of benchmarks/studies.py."""
+    """The variants of a study of benchmarks/studies.py, on the tasks that it was made on."""
 
     def build() -> Lines:
-        rows = read("studies")["studies"][name]
-        lines = [
-            [variant, _mean(row), f"{row['rate']:g}", f"{row['parameters']:,}", row["seeds"]]
-            for variant, row in rows.items()
-        ]
-        return [name, "test accuracy, %", "rate", "parameters", "seeds"], lines
+        tables = {task: studies[name] for task, studies in _STUDIED.items() if name in studies}
+        variants = list(dict.fromkeys(variant for rows in tables.values() for variant in rows))
+        header, lines = [name], [[variant] for variant in variants]
+        for task, rows in tables.items():
+            header += [f"{_NAMES[task]}, accuracy, %", "rate", "parameters", "seeds"]
+            for line in lines:
+                row = rows.get(line[0])
+                line += [_mean(row), f"{row['rate']:g}", f"{row['parameters']:,}", row["seeds"]] if row else [""] * 4
+        return header, lines
 
     return build
 
 
 def rates() -> Lines:
     """Accuracy by budget and rate, all of them trained."""
-    rows = read("studies")["studies"]["rates"]
+    rows = _STUDIED["cifar100"]["rates"]
     cells: dict[str, dict[str, str]] = {}
     for variant, row in rows.items():
         budget, rate = variant.split(", rate ")
@@ -155,18 +158,15 @@ def _interval(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-_STUDIES = {
-    "start": study("start"),
-    "rates of the factors": study("rates of the factors"),
-    "ranks": study("ranks"),
-    "locality": study("locality"),
-    "rates": rates,
+_STUDIED = {
+    task: read(f"studies_{task}")["studies"] for task in _CONVOLUTIONAL if (RESULTS / f"studies_{task}.json").exists()
 }
-_STUDIED = read("studies")["studies"] if (RESULTS / "studies.json").exists() else {}
+_STUDIES = {name for studies in _STUDIED.values() for name in studies} - {"rates"}
 _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
-    **{f"study-{name.replace(' ', '-')}": build for name, build in _STUDIES.items() if name in _STUDIED},
+    **{f"study-{name}": study(name) for name in _STUDIES},
+    **({"study-rates": rates} if "rates" in _STUDIED.get("cifar100", {}) else {}),
 }

@@ -1,11 +1,12 @@
 """What makes FLoRA adapt well? Its start, its ranks, locality and rates, each varied alone on one convolutional task.
 
-ResNet-20 is adapted to CIFAR-100 as in benchmarks/accuracy.py, at the same budget; a variant differs from "FLoRA,
-gradient start" in one thing. Every variant is trained at each of its rates; the one that is best on the validation
-split is reported, by its score on the test split.
+ResNet-20 is adapted to CIFAR-100 as in benchmarks/accuracy.py, or the 3-D network to its moulds, at the same budget; a
+variant differs from "FLoRA, gradient start" in one thing. Every variant is trained at each of its rates; the one that
+is best on the validation split is reported, by its score on the test split.
 
-    python benchmarks/studies.py --data ../shared/data             # writes benchmarks/results/studies.json (resumes)
+    python benchmarks/studies.py --data ../shared/data             # writes benchmarks/results/studies_*.json (resumes)
     python benchmarks/studies.py start ranks                       # some of the studies
+    python benchmarks/studies.py factors --task volumes
 """
 
 from __future__ import annotations
@@ -14,145 +15,34 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import record
-import tasks
 import torch
-from accuracy import changing, flora
+from accuracy import changing
 from cases import SETTINGS, Case, fit
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
+from variants import (
+    Between,
+    Build,
+    decomposed,
+    exact_energies,
+    gradient_start,
+    gram,
+    plain,
+    realign,
+    retract,
+    taps,
+    zero_output,
+)
 
-from florapeft import FloraLayer
-from florapeft.budget import choices_from_energies, rank_grid, spend_on_energy
-from florapeft.gradient_sums import GradientSum, Weight, gradient_sums
-from florapeft.init import start_from_bases
 from florapeft.train.trials import spread
-from florapeft.tucker import Tucker, captured_energy, hosvd, hosvd_core, unfold
 
 RATE = 1.8e-2
-Build = Callable[[Case, nn.Module, int], nn.Module]
-
-
-def layers(model: PeftModel) -> dict[str, FloraLayer]:
-    return {n: module for n, module in model.get_base_model().named_modules() if isinstance(module, FloraLayer)}
-
-
-def gradient_start(case: Case, model: nn.Module, seed: int, **fields: Any) -> PeftModel:
-    """FLoRA at the case's budget with its start from gradients: factors the leading HOSVD bases, core zero."""
-    return flora({"init_weights": "gradient", **fields}, case, model, seed)[0]
-
-
-def plain(case: Case, model: nn.Module, seed: int) -> PeftModel:
-    """FLoRA without data."""
-    return flora({}, case, model, seed)[0]
-
-
-def sums(case: Case, model: nn.Module, batches: list[tasks.Batch]) -> dict[str, GradientSum]:
-    """The summed gradients of the weights that are adapted."""
-    weights = {name: Weight(model.get_submodule(name), "weight") for name in case.layers}
-    return gradient_sums(model, weights, batches, case.loss)
-
-
-@torch.no_grad()
-def zero_output(case: Case, model: nn.Module, seed: int) -> PeftModel:
-    """The bases of gradients in all modes but the output's, whose factor is zero; the core's rows orthonormal."""
-    model = gradient_start(case, model, seed)
-    for layer in layers(model).values():
-        core, factors = layer.tucker("default")
-        if factors[0] is not None:
-            nn.init.orthogonal_(unfold(core, 0))
-            factors[0].zero_()
-    return model
-
-
-def gram(case: Case, model: nn.Module, seed: int) -> PeftModel:
-    """Bases of the unfolded gradients' Gram matrices, summed over batches, instead of those of the summed gradient."""
-    found: dict[tuple[str, int], Tensor] = {}
-    for batch in case.batches(seed):
-        for name, total in sums(case, model, [batch]).items():
-            for mode in range(4):
-                unfolded = unfold(total.value.to_tensor(), mode)
-                found[name, mode] = found.get((name, mode), 0) + unfolded @ unfolded.mT
-    model = get_peft_model(model, case.config())
-    for name, layer in layers(model).items():
-        tucker = layer.tucker("default")
-        leading = [torch.linalg.eigh(found[name, mode]).eigenvectors.flip(1) for mode in range(4)]
-        start_from_bases(tucker, [basis[:, :r] for basis, r in zip(leading, tucker.rank, strict=True)])
-    return model
-
-
-def exact_energies(case: Case, model: nn.Module, seed: int) -> PeftModel:
-    """Ranks by the energy of the gradient that each keeps, not by its estimate from the spectra of the unfoldings."""
-    totals = sums(case, model, case.batches(seed))
-    choices = {}
-    for name, total in totals.items():
-        gradient = total.value.to_tensor()
-        grid = rank_grid(gradient.shape)
-        energies = captured_energy(hosvd_core(gradient), grid)
-        energies *= gradient.numel() / energies.max()
-        choices[name] = choices_from_energies(gradient.shape, energies.flatten().tolist())
-    ranks = spend_on_energy(choices, case.goal)
-    config = replace(case.config(init_weights="gradient"), ranks={name: list(rank) for name, rank in ranks.items()})
-    config.gradient_bases = {name: totals[name].bases(rank) for name, rank in ranks.items()}
-    return get_peft_model(model, config)
-
-
-class Permuted(nn.Module):
-    """A weight plus an update in Tucker form whose kernel taps stand in another order."""
-
-    def __init__(self, core: Tensor, factors: list[Tensor | None], taps: Tensor) -> None:
-        super().__init__()
-        self.core = nn.Parameter(core)
-        self.factors = nn.ParameterDict({str(n): nn.Parameter(f) for n, f in enumerate(factors) if f is not None})
-        self.register_buffer("taps", taps)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        factors = [self.factors.get(str(n)) for n in range(weight.ndim)]
-        with torch.autocast("cpu", enabled=False):
-            update = Tucker(self.core, tuple(factors)).to_tensor()
-        return weight + update.flatten(2)[..., self.taps].view_as(weight)
-
-
-def taps(case: Case, model: nn.Module, seed: int, *, permuted: bool, kernel_r: int) -> nn.Module:
-    """FLoRA on kernels whose taps are permuted, per layer at random, before they are unfolded; or in the same way not.
-
-    A permutation leaves number and shape of the parameters alone, and takes from the kernel modes what they mean.
-    """
-    totals = sums(case, model, case.batches(seed))
-    ranks = get_peft_model(case.task.model(0), case.config(kernel_r=kernel_r)).peft_config["default"].ranks
-    generator = torch.Generator().manual_seed(seed)
-    for name, total in totals.items():
-        gradient = total.value.to_tensor()
-        count = gradient[0, 0].numel()
-        order = torch.randperm(count, generator=generator) if permuted else torch.arange(count)
-        back = gradient.flatten(2)[..., order.argsort()].view_as(gradient)
-        core, factors = hosvd(back, ranks[name])
-        update = Permuted(torch.zeros_like(core), list(factors), order)
-        parametrize.register_parametrization(model.get_submodule(name), "weight", update)
-    for parameter in model.get_submodule(case.task.head).parameters():
-        parameter.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if name.endswith("original"):
-            parameter.requires_grad_(False)
-    return model
-
-
-@torch.no_grad()
-def retract(model: PeftModel) -> None:
-    """Factors back to orthonormal columns, by QR."""
-    for layer in layers(model).values():
-        for factor in layer.tucker("default").factors:
-            if factor is not None:
-                basis, triangle = torch.linalg.qr(factor)
-                factor.copy_(basis * triangle.diagonal().sign())
 
 
 @dataclass(frozen=True)
@@ -163,18 +53,19 @@ class Variant:
         build: attaches the adapter.
         rates: of the adapter.
         factor_rate: rate of the factors, of the core's.
-        every_step: called after every step.
+        between: what is done after every step.
         setting: fields of the task's setting.
     """
 
     build: Build = gradient_start
     rates: tuple[float, ...] = (RATE,)
     factor_rate: float = 1.0
-    every_step: Callable[[nn.Module], None] | None = None
+    between: Between | None = None
     setting: dict[str, Any] = field(default_factory=dict)
 
 
 _GRID = (3.2e-3, 1e-2, 3.2e-2)
+_AROUND = (1e-2, RATE, 3.2e-2)
 STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
@@ -184,13 +75,18 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "gradients of all batches": Variant(setting={"gradient_batches": 1000}),
         "no gradients (default start)": Variant(plain, (1e-2,)),
     },
-    "rates of the factors": {
-        "factors fixed": Variant(factor_rate=0.0),
-        "factors fixed, of 25% of the network": Variant(factor_rate=0.0, setting={"share": 0.25}),
-        "a third of the core's": Variant(factor_rate=1 / 3),
-        "as the core": Variant(),
-        "three times the core's": Variant(factor_rate=3.0, rates=(5.6e-3,)),
-        "as the core, factors kept orthonormal": Variant(every_step=retract),
+    "factors": {
+        "fixed": Variant(factor_rate=0.0, rates=_AROUND),
+        "fixed, of 25% of the network": Variant(factor_rate=0.0, setting={"share": 0.25}),
+        "at a third of the core's rate": Variant(factor_rate=1 / 3, rates=_AROUND),
+        "at the core's rate": Variant(rates=_AROUND),
+        "at three times the core's rate": Variant(factor_rate=3.0, rates=(5.6e-3, 1e-2)),
+        "kept orthonormal": Variant(between=retract, rates=_AROUND),
+        "taken anew after 5 and 20 steps": Variant(between=realign, rates=_AROUND),
+    },
+    "form": {
+        "weight plus update": Variant(rates=_AROUND),
+        "weight decomposed": Variant(decomposed, _AROUND),
     },
     "ranks": {
         "uniform": Variant(),
@@ -235,7 +131,9 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
         (rate, parts["core"]),
         (variant.factor_rate * rate, parts["factors"]),
     ]
-    fit(case, model, groups, case.setting.epochs, seed, variant.every_step)
+    steps = count(1)
+    between = variant.between and (lambda model: variant.between(case, model, next(steps)))
+    fit(case, model, groups, case.setting.epochs, seed, between)
     return {
         "variant": name,
         "rate": rate,
@@ -271,6 +169,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("--task", choices=("cifar100", "volumes"), default="cifar100")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -279,7 +178,8 @@ def main() -> None:
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     torch.set_num_threads(given.threads)
     logging.getLogger("florapeft").setLevel(logging.ERROR)
-    path, case = record.RESULTS / "studies.json", Case("cifar100", SETTINGS["cifar100"], given.data)
+    path = record.RESULTS / f"studies_{given.task}.json"
+    case = Case(given.task, SETTINGS[given.task], given.data)
     for study in given.studies or STUDIES:
         for variant in STUDIES[study].values():
             name = first_name(variant)
