@@ -95,11 +95,13 @@ def test_a_perplexity_that_is_not_finite_is_the_worst_also_after_resuming(jobs, 
     assert compare._earlier_trials(job, tmp_path, print) == [trial]
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_language_models_are_compared_by_perplexity(jobs, gradients, tmp_path):
+_BY_GRADIENTS = ["gradient_batches=1", "adapter.budget=0.1"]
+
+
+@pytest.mark.parametrize("more", [[], _BY_GRADIENTS, [*_BY_GRADIENTS, "adapter.allocation=spectrum"]])
+def test_language_models_are_compared_by_perplexity(jobs, more, tmp_path):
     first, model, data = jobs["causal-lm"][:3]
     splits = "data.splits={test: 'train[:4]', train: 'train[4:]'}"
-    more = ["gradient_batches=1", "adapter.budget=0.1"] if gradients else []
     options = ["--methods", "lora", "--seeds", "3", "--rates", "1e-3", "-o", tmp_path / "run"]
     stdout, _ = flora("compare", first, model, data, "data.holdout=0.25", splits, *SHORT, *more, *options)
     assert "perplexity on the test split; mean ± standard deviation over 1 seeds" in " ".join(stdout.split())
@@ -107,7 +109,7 @@ def test_language_models_are_compared_by_perplexity(jobs, gradients, tmp_path):
     assert record["methods"][1]["difference"]["low"] is None
     assert record["methods"][0]["perplexity_mean"] > 1
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (config["init_weights"] == "gradient") == gradients
+    assert (config["init_weights"] == "gradient") == bool(more)
 
 
 def test_without_rates_a_walk_from_the_jobs_own(arguments, tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def _earlier_trials(job: Job, output: Path, say: Say) -> list[dict[str, Any]]:
 def _places(job: Job, examples: Examples, names: list[str]) -> tuple[int, dict[str, Place]]:
     """FLoRA's number of adapter parameters, and for every other adapter where it acts and at which rank."""
     base = load_base(job.task, job.model, examples.labels)
-    model = attach(job, shared(base))
+    model = attach(job, shared(base), allocation="uniform")  # a budget is met without data too
     goal = count_parameters(model)["adapter"]
     layers = adapted(model.get_base_model())
     fields = task_fields(job, base)

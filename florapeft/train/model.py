@@ -64,9 +64,9 @@ def load_skeleton(model: str) -> transformers.PreTrainedModel:
     return skeleton.to(getattr(config, "dtype", None) or torch.float32)
 
 
-def attach(job: Job, base: transformers.PreTrainedModel) -> peft.PeftModel:
+def attach(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> peft.PeftModel:
     """Attaches FLoRA with the job's `adapter` fields; a classifier's head is trained in full and saved along."""
-    return peft.get_peft_model(base, adapter_config(job, base))
+    return peft.get_peft_model(base, adapter_config(job, base, **changes))
 
 
 def adapter_config(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> FloraConfig:
