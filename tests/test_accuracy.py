@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import accuracy
 import gradient_lora
-import pretrained
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,17 +160,6 @@ def test_another_budget_has_its_own_ranks(case):
     assert (
         accuracy.fitted("lora", other, other.model(0)).fit.rank < accuracy.fitted("lora", case, case.model(0)).fit.rank
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["digits", "experts", "volumes"])  # those that need no data from elsewhere
-def test_smoke(task, capsys, monkeypatch):
-    monkeypatch.setattr(pretrained, "skipped", False)  # restored afterwards
-    accuracy.main([task, "--smoke"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(task)]
-    assert len(lines) == len(accuracy.METHODS)
-    assert all(line.endswith("runs") or "is left out: " in line for line in lines)
-    assert sum(line.endswith("runs") for line in lines) > 8
 
 
 def test_a_task_without_its_data_is_left_out(capsys, tmp_path):
