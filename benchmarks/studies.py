@@ -36,6 +36,7 @@ from variants import (
     plain,
     realign,
     retract,
+    scaled,
     taps,
     zero_output,
 )
@@ -70,6 +71,8 @@ STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
         "output factor zero, core orthonormal": Variant(zero_output, (5.6e-3, 1e-2, RATE)),
+        "core zero, factors of half the length": Variant(partial(scaled, length=0.5), (3.2e-2, 5.6e-2, 1e-1)),
+        "core zero, factors of twice the length": Variant(partial(scaled, length=2.0), (1e-3, 1.8e-3, 3.2e-3, 5.6e-3)),
         "bases of the batches' Gram matrices": Variant(gram),
         "gradients of 1 batch": Variant(setting={"gradient_batches": 1}),
         "gradients of all batches": Variant(setting={"gradient_batches": 1000}),

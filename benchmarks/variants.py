@@ -60,6 +60,17 @@ def zero_output(case: Case, model: nn.Module, seed: int) -> PeftModel:
     return model
 
 
+@torch.no_grad()
+def scaled(case: Case, model: nn.Module, seed: int, *, length: float) -> PeftModel:
+    """The bases of gradients, with columns of another length than 1."""
+    model = gradient_start(case, model, seed)
+    for layer in layers(model).values():
+        for factor in layer.tucker("default").factors:
+            if factor is not None:
+                factor.mul_(length)
+    return model
+
+
 def gram(case: Case, model: nn.Module, seed: int) -> PeftModel:
     """Bases of the unfolded gradients' Gram matrices, summed over batches, instead of those of the summed gradient."""
     found: dict[tuple[str, int], Tensor] = {}
