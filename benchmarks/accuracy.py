@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import adalora
 import gradient_lora
 import pretrained
 import record
@@ -114,6 +115,20 @@ def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module
     return fit.attach(model, layers, fit.rank, fit.raised), facts
 
 
+def adalora_rival(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """AdaLoRA, where all layers are linear."""
+    modules = dict(model.named_modules())
+    others = {
+        type(modules.get(name, nn.Parameter())).__name__
+        for name in case.layers
+        if not isinstance(modules.get(name), nn.Linear)
+    }
+    if others:
+        raise NothingToTrainError(f"AdaLoRA takes linear layers alone, here are {', '.join(sorted(others))}")
+    steps = case.setting.epochs * math.ceil(len(case.task.train["labels"]) / case.setting.batch_size)
+    return adalora.attach(model, case.layers, case.goal, steps, modules_to_save=case.trained_along), {}
+
+
 def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """LoRA with a start, and maybe with ranks, from gradients."""
     _, layers, facts = fitted("lora", case, model)
@@ -144,6 +159,7 @@ METHODS: dict[str, Method] = {
     "BitFit": bitfit,
     "full fine-tuning": full,
     **{said.label: partial(rival, name) for name, said in RIVALS.items()},
+    "AdaLoRA": adalora_rival,
     "LoRA, gradient start": partial(gradient_rival, False),
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
@@ -168,7 +184,7 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
     body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
     if not head + body:
         raise NothingToTrainError("the network has no such parameters")
-    loss = fit(case, model, [(rates.body, body), (rates.head, head)], setting.epochs, seed)
+    loss = fit(case, model, [(rates.body, body), (rates.head, head)], setting.epochs, seed, adalora.after_steps(model))
     seconds = time.process_time() - started
     return {
         "method": method,
@@ -180,7 +196,7 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
         "test": case.score(model, task.test),
         "further": case.further(model),
         "final_loss": loss if math.isfinite(loss) else None,
-        "parameters": sum(parameter.numel() for parameter in body),
+        "parameters": adalora.kept_parameters(model) or sum(parameter.numel() for parameter in body),
         "start_seconds": round(started - began, 2),
         "seconds": round(seconds, 2),
         **facts,

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import accuracy
+import adalora
 import gradient_lora
 import pytest
 import torch
@@ -25,12 +26,55 @@ class Tiny(nn.Module):
         return self.linear(self.body(self.conv(x).relu().mean((2, 3))).relu())
 
 
+class Stack(nn.Module):
+    """Six linear layers of two shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8 + 4 * (n % 2), 12 - 4 * (n % 2)) for n in range(6)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
 def batches(count):
     return [(torch.randn(6, 4, 5, 5), torch.randint(3, (6,))) for _ in range(count)]
 
 
 def loss(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class TestAdaLora:
+    LAYERS = [f"layers.{n}" for n in range(6)]
+
+    def test_it_comes_down_to_its_budget(self):
+        torch.manual_seed(0)
+        model = adalora.attach(Stack(), self.LAYERS, 6 * 3 * 21, 40)
+        assert adalora.after_steps(Stack()) is None
+        after, optimizer = adalora.after_steps(model), torch.optim.AdamW(model.parameters(), 1e-2)
+        x, y = torch.randn(64, 8), torch.randn(64, 8)
+        for step in range(40):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+            after(model)
+            if step == 1:
+                assert trainable(model) == 6 * 4 * 21  # 3 x 1.5, to the even number
+        assert adalora.kept_parameters(model) == 6 * 3 * 21
+
+    def test_the_regulariser_is_pefts(self):
+        model = adalora.attach(Stack(), self.LAYERS, 500, 40)
+        parameters = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
+        sum(p.sum() for p in parameters.values()).backward()  # a gradient of ones
+        copies = {n: p.detach().clone().requires_grad_() for n, p in parameters.items()}  # without hooks
+        norms = [
+            torch.linalg.matrix_norm((p @ p.T if "lora_A" in n else p.T @ p) - torch.eye(min(p.shape)))
+            for n, p in copies.items()
+        ]
+        expected = torch.autograd.grad(0.5 * sum(norms) / len(norms), list(copies.values()))
+        for parameter, gradient in zip(parameters.values(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad - 1, gradient, atol=1e-5, rtol=1e-4)
 
 
 class TestLoraFromGradients:
