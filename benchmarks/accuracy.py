@@ -116,17 +116,13 @@ def rival(name: str, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module
 
 
 def adalora_rival(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """AdaLoRA, where all layers are linear."""
-    modules = dict(model.named_modules())
-    others = {
-        type(modules.get(name, nn.Parameter())).__name__
-        for name in case.layers
-        if not isinstance(modules.get(name), nn.Linear)
-    }
-    if others:
-        raise NothingToTrainError(f"AdaLoRA takes linear layers alone, here are {', '.join(sorted(others))}")
-    steps = case.setting.epochs * math.ceil(len(case.task.train["labels"]) / case.setting.batch_size)
-    return adalora.attach(model, case.layers, case.goal, steps, modules_to_save=case.trained_along), {}
+    """AdaLoRA, whose parameters are those that remain in the end."""
+    refused = adalora.refused(model, case.layers)
+    layers = [name for name in case.layers if name not in refused]
+    if not layers:
+        raise NothingToTrainError("; ".join(sorted(set(refused.values()))))
+    model = adalora.attach(model, layers, case.goal, case.steps, modules_to_save=case.trained_along)
+    return model, {"left_out": refused} if refused else {}
 
 
 def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -196,7 +192,7 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
         "test": case.score(model, task.test),
         "further": case.further(model),
         "final_loss": loss if math.isfinite(loss) else None,
-        "parameters": adalora.kept_parameters(model) or sum(parameter.numel() for parameter in body),
+        "parameters": adalora.kept_parameters(model) if adalora.is_adalora(model) else sum(p.numel() for p in body),
         "start_seconds": round(started - began, 2),
         "seconds": round(seconds, 2),
         **facts,
@@ -208,10 +204,12 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
 
     Several processes, each with methods of its own, may work on one file.
     """
+    examples = {part: len(getattr(case.task, part)["labels"]) for part in ("train", "validation", "test")}
     with changing(path) as results:
+        _check_same(path, results, {"setting": asdict(case.setting), "examples": examples})
         results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
         results["goal"], results["layers"] = case.goal, len(case.layers)
-        results["examples"] = {p: len(getattr(case.task, p)["labels"]) for p in ("train", "validation", "test")}
+        results["examples"] = examples
         results |= case.task.facts()
         runs = results.setdefault("runs", [])
 
@@ -245,11 +243,19 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
                 results.setdefault("left_out", {})[method] = str(reason)
             continue
         with changing(path) as results:
+            results.get("left_out", {}).pop(method, None)
             results.setdefault("rates", {})[method] = rates._asdict()
             results.setdefault("search_seeds", {})[method] = plan.search_seeds
             results["methods"] = summary(results, case.setting.share)
             shares = sorted({run["share"] for run in results["runs"]} - {case.setting.share})
             results["other_budgets"] = {str(share): summary(results, share) for share in shares}
+
+
+def _check_same(path: Path, results: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Runs of other settings are not gone on with."""
+    for key, value in wanted.items():
+        if results.get("runs") and results[key] != value:
+            raise SystemExit(f"{path} was measured with {key} {results[key]}, now it is {value}: move the file away")
 
 
 def search(case: Case, method: str, score: Callable[[Rates], float]) -> Rates:
@@ -336,10 +342,10 @@ def smoke(case: Case, methods: list[str]) -> None:
 
 
 def cut_short(case: Case) -> None:
-    """Leaves 64 examples of each split and one epoch."""
+    """Leaves 64 examples of each split and one epoch of four steps."""
     parts = {part: tasks.batches(getattr(case.task, part), 64)[0] for part in ("train", "validation", "test")}
     case.task = replace(case.task, **parts)
-    case.setting = replace(case.setting, epochs=1, gradient_batches=1)
+    case.setting = replace(case.setting, epochs=1, batch_size=16, gradient_batches=1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -108,6 +108,11 @@ class Case:
         """The layers that FLoRA adapts, and the parameters that no layer stands for."""
         return adapted(get_peft_model(self.task.model(0), self.config()).get_base_model())
 
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, in a run."""
+        return tasks.count_steps(self.task.train, self.setting.epochs, self.setting.batch_size)
+
     def in_head(self, parameter: str) -> bool:
         """Whether a parameter of this name, in a model with or without an adapter, is one of the new head's."""
         return self.task.head in parameter.split(".")
@@ -148,14 +153,14 @@ def fit(
     groups: list[tuple[float | None, list[nn.Parameter]]],
     epochs: int,
     seed: int,
-    every_step: Callable[[nn.Module], None] | None = None,
+    every_step: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
 ) -> float:
     """Trains groups of parameters, each at its rate, in place; returns the last loss."""
     torch.manual_seed(seed)
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
     if every_step is not None:
-        optimizer.register_step_post_hook(lambda *_: every_step(model))
+        optimizer.register_step_post_hook(lambda optimizer, *_: every_step(model, optimizer))
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -10,7 +10,9 @@ from typing import Any
 from performance import RESULTS, Lines, read
 
 Captioned = tuple[list[str], list[list[Any]], str]
-RIVALS = ("LoRA", "rsLoRA", "DoRA", "LoHa", "LoKr")
+RIVALS = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr")
+WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
+WITHIN = 0.02  # of the goal
 _CONVOLUTIONAL = ("cifar100", "volumes")
 _NAMES = {
     "cifar100": "ResNet-20 to CIFAR-100",
@@ -66,6 +68,11 @@ def _caption(results: dict[str, Any]) -> str:
         caption += f" The head's rate was not: it is {setting['head_rate']:g}."
     if "source_accuracy" in results:
         caption += f" Before, the network names {100 * results['source_accuracy']:.1f}% in its source task."
+    goal, rows = results["goal"], results["methods"]
+    if unequal := [
+        m for m, row in rows.items() if m not in WITHOUT_BUDGET and abs(row["parameters"] / goal - 1) > WITHIN
+    ]:
+        caption += f" Not within {WITHIN:.0%} of the {goal:,} parameters: {', '.join(unequal)}."
     left_out: dict[str, list[str]] = {}
     for method, reason in results.get("left_out", {}).items():
         left_out.setdefault(html.escape(reason, quote=False), []).append(method)

@@ -28,6 +28,7 @@ def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss:
     The model is as it was afterwards.
     """
     was = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
     weights = {n: model.get_parameter(n if is_parameter(model, n) else f"{n}.weight") for n in layers}
     model.eval().requires_grad_(False)
     for weight in weights.values():
@@ -38,6 +39,8 @@ def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss:
     for parameter, wanted in was.items():
         parameter.grad = None
         parameter.requires_grad_(wanted)
+    for module, training in modes.items():
+        module.training = training
     return found
 
 

@@ -1,4 +1,4 @@
-"""What makes FLoRA adapt well? Its start, its ranks, locality and rates, each varied alone on one convolutional task.
+"""What makes FLoRA adapt well? Its start, factors, form, ranks, locality and rates, each varied alone on a task.
 
 ResNet-20 is adapted to CIFAR-100 as in benchmarks/accuracy.py, or the 3-D network to its moulds, at the same budget; a
 variant differs from "FLoRA, gradient start" in one thing. Every variant is trained at each of its rates; the one that
@@ -29,8 +29,8 @@ from torch import nn
 from variants import (
     Between,
     Build,
-    decomposed,
     exact_energies,
+    form,
     gradient_start,
     gram,
     plain,
@@ -41,9 +41,10 @@ from variants import (
     zero_output,
 )
 
+from florapeft.train.fitting import WITHIN
 from florapeft.train.trials import spread
 
-RATE = 1.8e-2
+RATES = {"cifar100": (1.8e-2,), "volumes": (1e-2, 1.8e-2, 3.2e-2)}  # unless a variant has its own
 
 
 @dataclass(frozen=True)
@@ -52,44 +53,45 @@ class Variant:
 
     Attributes:
         build: attaches the adapter.
-        rates: of the adapter.
+        rates: of the adapter; None for the task's in `RATES`.
         factor_rate: rate of the factors, of the core's.
         between: what is done after every step.
         setting: fields of the task's setting.
+        unequal: whether it is meant to have another number of parameters.
     """
 
     build: Build = gradient_start
-    rates: tuple[float, ...] = (RATE,)
+    rates: tuple[float, ...] | None = None
     factor_rate: float = 1.0
     between: Between | None = None
     setting: dict[str, Any] = field(default_factory=dict)
+    unequal: bool = False
 
 
 _GRID = (3.2e-3, 1e-2, 3.2e-2)
-_AROUND = (1e-2, RATE, 3.2e-2)
+_AROUND = (1e-2, 1.8e-2, 3.2e-2)
 STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
-        "output factor zero, core orthonormal": Variant(zero_output, (5.6e-3, 1e-2, RATE)),
+        "output factor zero, core orthonormal": Variant(zero_output, (5.6e-3, 1e-2, 1.8e-2, 3.2e-2)),
         "core zero, factors of half the length": Variant(partial(scaled, length=0.5), (3.2e-2, 5.6e-2, 1e-1)),
         "core zero, factors of twice the length": Variant(partial(scaled, length=2.0), (1e-3, 1.8e-3, 3.2e-3, 5.6e-3)),
         "bases of the batches' Gram matrices": Variant(gram),
         "gradients of 1 batch": Variant(setting={"gradient_batches": 1}),
         "gradients of all batches": Variant(setting={"gradient_batches": 1000}),
-        "no gradients (default start)": Variant(plain, (1e-2,)),
+        "no gradients (default start)": Variant(plain, (5.6e-3, 1e-2, 1.8e-2)),
     },
     "factors": {
-        "fixed": Variant(factor_rate=0.0, rates=_AROUND),
-        "fixed, of 25% of the network": Variant(factor_rate=0.0, setting={"share": 0.25}),
-        "at a third of the core's rate": Variant(factor_rate=1 / 3, rates=_AROUND),
+        "fixed": Variant(factor_rate=0.0, rates=_AROUND, unequal=True),
+        "at a third of the core's rate": Variant(factor_rate=1 / 3, rates=(*_AROUND, 5.6e-2)),
         "at the core's rate": Variant(rates=_AROUND),
-        "at three times the core's rate": Variant(factor_rate=3.0, rates=(5.6e-3, 1e-2)),
+        "at three times the core's rate": Variant(factor_rate=3.0, rates=(3.2e-3, 5.6e-3, 1e-2)),
         "kept orthonormal": Variant(between=retract, rates=_AROUND),
         "taken anew after 5 and 20 steps": Variant(between=realign, rates=_AROUND),
     },
     "form": {
-        "weight plus update": Variant(rates=_AROUND),
-        "weight decomposed": Variant(decomposed, _AROUND),
+        "weight plus update": Variant(partial(form, decomposed=False), _AROUND),
+        "magnitudes apart, as in DoRA": Variant(partial(form, decomposed=True), (*_AROUND, 5.6e-2)),
     },
     "ranks": {
         "uniform": Variant(),
@@ -113,6 +115,10 @@ STUDIES: dict[str, dict[str, Variant]] = {
 }
 
 
+class UnequalError(ValueError):
+    """A variant has not as many parameters as the others."""
+
+
 def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict[str, Any]:
     """One run of a variant: its scores on the validation and the test split."""
     case = case.at(variant.setting.get("share", case.setting.share))
@@ -129,13 +135,16 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
         for parameter in parts["factors"]:
             parameter.requires_grad_(False)
         parts["factors"] = []
+    parameters = sum(p.numel() for part in ("core", "factors") for p in parts[part])
+    if not variant.unequal and abs(parameters / case.goal - 1) > WITHIN:
+        raise UnequalError(f"it has {parameters:,} parameters, not {case.goal:,}")
     groups = [
         (case.setting.head_rate, parts["head"]),
         (rate, parts["core"]),
         (variant.factor_rate * rate, parts["factors"]),
     ]
     steps = count(1)
-    between = variant.between and (lambda model: variant.between(case, model, next(steps)))
+    between = variant.between and (lambda model, optimizer: variant.between(case, model, optimizer, next(steps)))
     fit(case, model, groups, case.setting.epochs, seed, between)
     return {
         "variant": name,
@@ -143,30 +152,26 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
         "seed": seed,
         "validation": case.score(model, case.task.validation),
         "test": case.score(model, case.task.test),
-        "parameters": sum(p.numel() for part in ("core", "factors") for p in parts[part]),
+        "parameters": parameters,
         "seconds": round(time.process_time() - began, 2),
     }
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per variant, at the rate that is best on the validation split: mean and deviation on the test split."""
-    rows = {}
-    for name in dict.fromkeys(run["variant"] for run in runs):
-        by_rate: dict[float, list[dict[str, Any]]] = {}
-        for found in runs:
-            if found["variant"] == name:
-                by_rate.setdefault(found["rate"], []).append(found)
-        rate = max(by_rate, key=lambda rate: statistics.mean(run["validation"] for run in by_rate[rate]))
-        scores = [run["test"] for run in by_rate[rate]]
-        rows[name] = {
-            "rate": rate,
-            "rates_tried": sorted(by_rate),
-            "test_mean": statistics.mean(scores),
-            "test_std": spread(scores),
-            "seeds": len(scores),
-            "parameters": by_rate[rate][0]["parameters"],
-        }
-    return rows
+    """Of one variant, at the rate that is best on the validation split: mean and deviation on the test split."""
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for found in runs:
+        by_rate.setdefault(found["rate"], []).append(found)
+    rate = max(by_rate, key=lambda rate: statistics.mean(run["validation"] for run in by_rate[rate]))
+    scores = [run["test"] for run in by_rate[rate]]
+    return {
+        "rate": rate,
+        "rates_tried": sorted(by_rate),
+        "test_mean": statistics.mean(scores),
+        "test_std": spread(scores),
+        "seeds": len(scores),
+        "parameters": by_rate[rate][0]["parameters"],
+    }
 
 
 def main() -> None:
@@ -184,26 +189,38 @@ def main() -> None:
     path = record.RESULTS / f"studies_{given.task}.json"
     case = Case(given.task, SETTINGS[given.task], given.data)
     for study in given.studies or STUDIES:
-        for variant in STUDIES[study].values():
-            name = first_name(variant)
-            for rate, seed in product(variant.rates, range(given.seeds)):
-                done = record.read(path).get("runs", [])
-                if any((r["variant"], r["rate"], r["seed"]) == (name, rate, seed) for r in done):
-                    continue
-                found = run(case, name, variant, rate, seed)
-                print(found, flush=True)
-                with changing(path) as results:
-                    results.setdefault("runs", []).append(found)
+        rows = {}
+        for label, variant in STUDIES[study].items():
+            try:
+                rows[label] = summary(runs_of(case, path, variant, given.seeds))
+            except UnequalError as reason:
+                print(f"{study}: {label} is left out: {reason}", flush=True)
         with changing(path) as results:
             results["setting"] = asdict(case.setting)
-            rows = summary(results["runs"])
-            names = {label: first_name(variant) for label, variant in STUDIES[study].items()}
-            results.setdefault("studies", {})[study] = {label: rows[name] for label, name in names.items()}
+            results.setdefault("studies", {})[study] = rows
+
+
+def runs_of(case: Case, path: Path, variant: Variant, seeds: int) -> list[dict[str, Any]]:
+    """A variant at all of its rates and seeds: the runs that `path` has, and the others, which are kept there."""
+    name, found = first_name(variant), []
+    for rate, seed in product(variant.rates or RATES[case.name], range(seeds)):
+        known = [
+            r for r in record.read(path).get("runs", []) if (r["variant"], r["rate"], r["seed"]) == (name, rate, seed)
+        ]
+        if not known:
+            known = [run(case, name, variant, rate, seed)]
+            print(known[0], flush=True)
+            with changing(path) as results:
+                results.setdefault("runs", []).extend(known)
+        found += known
+    return found
 
 
 def first_name(variant: Variant) -> str:
-    """The variant's first name of those in `STUDIES`: what occurs in several of them is run once."""
-    return next(f"{study}: {name}" for study, all_ in STUDIES.items() for name, v in all_.items() if v == variant)
+    """The first name in `STUDIES` of a variant, at any rates: what occurs in several of them is run once."""
+    wanted = replace(variant, rates=None)
+    named = [(f"{study}: {name}", v) for study, variants in STUDIES.items() for name, v in variants.items()]
+    return next(name for name, v in named if replace(v, rates=None) == wanted)
 
 
 if __name__ == "__main__":

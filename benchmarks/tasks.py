@@ -1,6 +1,6 @@
 """The real tasks that the benchmarks adapt to: ResNet-20 to CIFAR-100, MiniLM to GLUE, the built-in network to digits.
 
-Tasks that need more than a few lines have modules of their own: `captions.py`, `expert_texts.py`, `volumes.py`.
+Tasks that need more than a few lines have modules: `captions.py`, `expert_texts.py`, `glue.py`, `volumes.py`.
 
 Digits, volumes and the experts' texts need no data. The others' are not part of the repository: give the folder that
 holds `cifar100/`, `resnet-cifar10/` and `glue/`; without the last, GLUE is taken from the hub. MiniLM comes with the
@@ -105,6 +105,10 @@ def warm_cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def count_steps(examples: Batch, epochs: int, batch_size: int) -> int:
+    return epochs * math.ceil(len(examples["labels"]) / batch_size)
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -114,8 +118,7 @@ def fit(
     loss: Callable[[nn.Module, Batch], Tensor],
 ) -> float:
     """Train in the mode that the model is in, by `warm_cosine`, in an order by torch's seed; returns the last loss."""
-    count = len(examples["labels"])
-    steps = epochs * math.ceil(count / batch_size)
+    count, steps = len(examples["labels"]), count_steps(examples, epochs, batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     for _ in range(epochs):
         for batch in batches(examples, batch_size, torch.randperm(count)):

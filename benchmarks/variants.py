@@ -25,7 +25,7 @@ from florapeft.init import start_from_bases
 from florapeft.tucker import Tucker, captured_energy, hosvd, hosvd_core, multi_mode_dot, unfold
 
 Build = Callable[[Case, nn.Module, int], nn.Module]
-Between = Callable[[Case, nn.Module, int], None]  # the last is the number of steps so far
+Between = Callable[[Case, nn.Module, torch.optim.Optimizer, int], None]  # the last is the number of steps so far
 
 
 def layers(model: PeftModel) -> dict[str, FloraLayer]:
@@ -106,14 +106,14 @@ def exact_energies(case: Case, model: nn.Module, seed: int) -> PeftModel:
 
 
 class Updated(nn.Module):
-    """A weight plus an update in Tucker form: its kernel taps in another order, or its length per output trained.
+    """A weight plus an update in Tucker form: its kernel taps in another order, or its magnitudes per output trained.
 
     Args:
         weight: of a convolution.
         core, factors: of the update.
         taps: for every tap of the kernel the one of the update that is added to it; None leaves them in place.
-        decomposed: whether each output's weights are scaled to a length of their own, as in DoRA (Liu et al. (2024),
-            section 3.2), with no gradient through the length that they have.
+        decomposed: whether each output's weights are scaled to a magnitude of their own, as in DoRA (Liu et al. (2024),
+            section 4.1), with no gradient through the norm that they have (4.3).
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Updated(nn.Module):
         self.core = nn.Parameter(core)
         self.factors = nn.ParameterDict({str(n): nn.Parameter(f) for n, f in enumerate(factors) if f is not None})
         self.register_buffer("taps", taps)
-        self.length = nn.Parameter(_lengths(weight).clone()) if decomposed else None
+        self.magnitude = nn.Parameter(_norms(weight).clone()) if decomposed else None
 
     def forward(self, weight: Tensor) -> Tensor:
         factors = [self.factors.get(str(n)) for n in range(weight.ndim)]
@@ -132,10 +132,10 @@ class Updated(nn.Module):
         if self.taps is not None:
             update = update.flatten(2)[..., self.taps].view_as(weight)
         total = weight + update
-        return total if self.length is None else total * (self.length / _lengths(total.detach()))
+        return total if self.magnitude is None else total * (self.magnitude / _norms(total.detach()))
 
 
-def _lengths(weight: Tensor) -> Tensor:
+def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
 
 
@@ -144,7 +144,7 @@ def updated(
 ) -> nn.Module:
     """FLoRA with its start from gradients, by `Updated` weights; `orders` has the taps of every layer, if they move."""
     totals = sums(case, model, case.batches(seed))
-    ranks = get_peft_model(case.task.model(0), case.config(**fields)).peft_config["default"].ranks
+    ranks = get_peft_model(case.task.model(0), replace(case.config(), **fields)).peft_config["default"].ranks
     for name, total in totals.items():
         gradient, order = total.value.to_tensor(), orders.get(name)
         if order is not None:
@@ -155,9 +155,6 @@ def updated(
         parametrize.register_parametrization(layer, "weight", update)
     for parameter in model.get_submodule(case.task.head).parameters():
         parameter.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if name.endswith("original"):
-            parameter.requires_grad_(False)
     return model
 
 
@@ -173,13 +170,14 @@ def taps(case: Case, model: nn.Module, seed: int, *, permuted: bool, kernel_r: i
     return updated(case, model, seed, orders, decomposed=False, kernel_r=kernel_r)
 
 
-def decomposed(case: Case, model: nn.Module, seed: int) -> nn.Module:
-    """FLoRA whose updated weights have a length per output that is trained, as DoRA's have."""
-    return updated(case, model, seed, {}, decomposed=True)
+def form(case: Case, model: nn.Module, seed: int, *, decomposed: bool) -> nn.Module:
+    """FLoRA by `Updated` weights: as they are, or each output's magnitude trained too, at as many parameters in all."""
+    magnitudes = sum(len(model.get_submodule(name).weight) for name in case.layers) if decomposed else 0
+    return updated(case, model, seed, {}, decomposed=decomposed, budget=case.goal - magnitudes)
 
 
 @torch.no_grad()
-def retract(case: Case, model: PeftModel, step: int) -> None:
+def retract(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Factors back to orthonormal columns, by QR."""
     for layer in layers(model).values():
         for factor in layer.tucker("default").factors:
@@ -189,13 +187,16 @@ def retract(case: Case, model: PeftModel, step: int) -> None:
 
 
 @torch.no_grad()
-def realign(case: Case, model: PeftModel, step: int) -> None:
-    """After 5 and 20 steps, bases anew: of the update so far less the gradient there, both of length 1."""
+def realign(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """After 5 and 20 steps, bases anew: of the update so far less the gradient there, both of norm 1.
+
+    What the update has outside of the new bases is lost, and the optimizer begins anew.
+    """
     if step not in (5, 20):
         return
     found = layers(model)
     weights = {name: f"base_model.model.{name}.base_layer" for name in found}
-    model.merge_adapter()
+    model.merge_adapter()  # `sums` would take the gradients at the base weights
     with torch.enable_grad():
         gradients = gradient_lora.gradients(model, list(weights.values()), case.batches(step), case.loss)
     model.unmerge_adapter()
@@ -209,3 +210,5 @@ def realign(case: Case, model: PeftModel, step: int) -> None:
         for factor, basis in zip(factors, bases, strict=True):
             if factor is not None:
                 factor.copy_(basis)
+        for parameter in (core, *factors):
+            optimizer.state.pop(parameter, None)

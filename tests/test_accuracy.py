@@ -1,7 +1,9 @@
 """benchmarks/accuracy.py: the methods get what they say they get, and what is kept says what was measured."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import accuracy
 import adalora
@@ -27,14 +29,16 @@ class Tiny(nn.Module):
 
 
 class Stack(nn.Module):
-    """Six linear layers of two shapes."""
+    """A convolution and five linear layers, of unlike cost; gives a loss as transformers' models do."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(8 + 4 * (n % 2), 12 - 4 * (n % 2)) for n in range(6)))
+        self.conv, sizes = nn.Conv2d(2, 8, 3), [8, 12, 8, 24, 8, 8]
+        self.layers = nn.Sequential(*map(nn.Linear, sizes[:-1], sizes[1:]))
 
     def forward(self, x):
-        return self.layers(x)
+        x = self.layers(self.conv(x).mean((2, 3)))
+        return SimpleNamespace(out=x, loss=x.square().mean())
 
 
 def batches(count):
@@ -46,35 +50,46 @@ def loss(model, batch):
 
 
 class TestAdaLora:
-    LAYERS = [f"layers.{n}" for n in range(6)]
+    LAYERS = ["conv", *(f"layers.{n}" for n in range(5))]
+    COSTS = [8 + 18 + 1, 21, 21, 33, 33, 17]
 
     def test_it_comes_down_to_its_budget(self):
         torch.manual_seed(0)
-        model = adalora.attach(Stack(), self.LAYERS, 6 * 3 * 21, 40)
+        model = adalora.attach(Stack(), self.LAYERS, 500, 40)
+        ranks = round(500 / (sum(self.COSTS) / 6))
+        assert ranks % 6  # no common rank in the end
+        assert trainable(model) == sum(self.COSTS) * math.ceil(1.5 * ranks / 6)
         assert adalora.after_steps(Stack()) is None
         after, optimizer = adalora.after_steps(model), torch.optim.AdamW(model.parameters(), 1e-2)
-        x, y = torch.randn(64, 8), torch.randn(64, 8)
-        for step in range(40):
+        x, y = torch.randn(64, 2, 5, 5), torch.randn(64, 8)
+        for _ in range(40):
             optimizer.zero_grad()
-            F.mse_loss(model(x), y).backward()
+            F.mse_loss(model.base_model.model(x).out, y).backward()
             optimizer.step()
-            after(model)
-            if step == 1:
-                assert trainable(model) == 6 * 4 * 21  # 3 x 1.5, to the even number
-        assert adalora.kept_parameters(model) == 6 * 3 * 21
+            after(model, optimizer)
+        values = {n: p for n, p in model.named_parameters() if "lora_E" in n}
+        remaining = [int((p != 0).sum()) for p in values.values()]
+        assert sum(remaining) == ranks
+        assert adalora.kept_parameters(model) == sum(r * c for r, c in zip(remaining, self.COSTS, strict=True))
 
     def test_the_regulariser_is_pefts(self):
-        model = adalora.attach(Stack(), self.LAYERS, 500, 40)
-        parameters = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
-        sum(p.sum() for p in parameters.values()).backward()  # a gradient of ones
-        copies = {n: p.detach().clone().requires_grad_() for n, p in parameters.items()}  # without hooks
-        norms = [
-            torch.linalg.matrix_norm((p @ p.T if "lora_A" in n else p.T @ p) - torch.eye(min(p.shape)))
-            for n, p in copies.items()
-        ]
-        expected = torch.autograd.grad(0.5 * sum(norms) / len(norms), list(copies.values()))
-        for parameter, gradient in zip(parameters.values(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad - 1, gradient, atol=1e-5, rtol=1e-4)
+        torch.manual_seed(0)
+        model, x = adalora.attach(Stack(), self.LAYERS, 500, 40), torch.randn(4, 2, 5, 5)
+        parameters = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
+        model.base_model.model(x).loss.backward()  # the loss alone: the hooks add the regulariser
+        ours = [parameter.grad.clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+            parameter._backward_hooks.clear()
+        model.base_model(x).loss.backward()  # with PEFT's regulariser
+        for parameter, gradient in zip(parameters, ours, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-4)
+
+    def test_what_it_cannot_adapt(self):
+        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Conv2d(4, 4, 3, groups=2), "c": nn.Conv3d(2, 2, 3)})
+        refused = adalora.refused(model, ["a", "b", "c", "c.weight"])
+        assert list(refused) == ["b", "c", "c.weight"]
+        assert "grouped" in refused["b"]
 
 
 class TestLoraFromGradients:

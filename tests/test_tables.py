@@ -39,7 +39,11 @@ def test_every_table_stands_on_a_page(tables):
 def test_the_caption_says_what_is_left_out_and_why(tables):
     setting = {"epochs": 1, "batch_size": 2, "head_rate": 0.01}
     left_out = {"LoHa": "TypeError: <class 'Conv3d'>", "LoKr": "TypeError: <class 'Conv3d'>", "BitFit": "no bias"}
-    results = {"methods": {}, "examples": {"test": 1000}, "setting": setting, "layers": 3, "search_seeds": {"LoRA": 1}}
-    caption = tables.evidence_tables._caption({**results, "left_out": left_out, "source_accuracy": 0.5})
+    counts = {"LoRA": 1010, "LoKr": 970, "AdaLoRA": 1030, "full fine-tuning": 9000}
+    rows = {name: {"parameters": n, "head_rate": None} for name, n in counts.items()}
+    results = {"methods": rows, "goal": 1000, "examples": {"test": 1000}, "setting": setting, "layers": 3}
+    results |= {"search_seeds": {"LoRA": 1}, "left_out": left_out, "source_accuracy": 0.5}
+    caption = tables.evidence_tables._caption(results)
     assert "names 50.0% in its source task." in caption
+    assert "Not within 2% of the 1,000 parameters: LoKr, AdaLoRA." in caption
     assert caption.endswith("Left out: LoHa, LoKr (TypeError: &lt;class 'Conv3d'&gt;). Left out: BitFit (no bias).")
