@@ -37,6 +37,7 @@ from peft import get_peft_model
 from torch import nn
 
 from florapeft import allocate, initialize_from_gradients
+from florapeft.gradients import are_noise
 from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
 from florapeft.train.trials import STEPS, climb, difference, rate_at, spread
 
@@ -139,11 +140,17 @@ def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> t
 
 
 def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """FLoRA; fields of its config, and `allocation="spectrum"`, which takes the ranks from gradients."""
+    """FLoRA; fields of its config, and `allocation="spectrum"`, which takes the ranks from gradients.
+
+    As in `flora train`, gradients that are noise are not followed.
+    """
     config = case.config(**fields)
     if config.allocation == "spectrum":
         config = allocate(model, config, case.batches(seed), case.loss)
-        return get_peft_model(model, config), {"ranks": config.ranks}
+        facts = {"ranks": config.ranks, "agreement": config.gradient_agreement}
+        if are_noise(config.gradient_agreement):
+            return flora({}, case, model, seed)[0], facts
+        return get_peft_model(model, config), facts
     model = get_peft_model(model, config)
     if config.init_weights == "gradient":
         initialize_from_gradients(model, case.batches(seed), case.loss)

@@ -116,8 +116,10 @@ class FloraConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
 
-    # Not a field: what `florapeft.allocate` hands to the adapter that is attached with this configuration next.
+    # Not fields: what `florapeft.allocate` hands to the adapter that is attached with this configuration next, and how
+    # far its batches agreed.
     gradient_bases = None
+    gradient_agreement = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

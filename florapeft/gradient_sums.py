@@ -47,6 +47,8 @@ class GradientSum:
     Attributes:
         value: the sum, a tensor or with orthonormal factors; None while there is none.
         lost: the energy that compression has taken from it.
+        count: of gradients.
+        energies: the sum of the gradients' energies.
     """
 
     def __init__(self, shape: Sequence[int], rank: Sequence[int] | None = None) -> None:
@@ -55,12 +57,16 @@ class GradientSum:
         self.is_compressed = 2 * count_parameters(shape, self.kept) < prod(shape)
         self.value: Tucker | None = None
         self.lost = 0.0
+        self.count = 0
+        self.energies = 0.0
 
     def add(self, gradient: Tensor) -> None:
         total = gradient.to_dense() if gradient.is_sparse else gradient
         total = total.float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
+        self.count += 1
+        self.energies += float(total.double().square().sum())
         if self.value is not None:
             total = total + self.value.to_tensor()
         if not self.is_compressed:
@@ -72,6 +78,17 @@ class GradientSum:
             core = core if factors[-1] is None else mode_dot(core, factors[-1].mT, mode)
         self.lost += max(0.0, float(total.double().square().sum() - core.double().square().sum()))
         self.value = Tucker(core, tuple(factors))
+
+    def agreement(self) -> float | None:
+        """The share of the sum's energy that is the gradients' common part; None of fewer than two gradients.
+
+        Of n gradients, a mean `m` plus independent noise, `‖sum‖² - Σ‖g‖²` has the expectation `n (n - 1) ‖m‖²`, and
+        the common part of the sum the energy `n² ‖m‖²`. An estimate: at most 1, near or below 0 for noise.
+        """
+        energy = float(self.value.core.double().square().sum()) + self.lost
+        if self.count < 2 or not energy:
+            return None
+        return (energy - self.energies) * self.count / (self.count - 1) / energy
 
     def spectra(self) -> list[list[float]]:
         """Per mode the squared singular values of the unfolding; what compression has lost is spread over the rest."""

@@ -9,7 +9,7 @@ Either leaves the model as it was. The update stays exactly zero, so that the ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -30,6 +30,9 @@ from florapeft.targets import Target, adapted_targets
 
 logger = logging.getLogger("florapeft")
 
+# Below this share of common energy, gradients are taken for noise: see docs/evidence.md.
+_LEAST_AGREEMENT = 0.1
+
 
 def allocate(model: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss) -> FloraConfig:
     """Spend `config.budget` by the rule `spectrum`: where the gradients' energy is, by one pass over some batches.
@@ -45,7 +48,9 @@ def allocate(model: nn.Module, config: FloraConfig, batches: Iterable[Any], loss
         loss: `loss(model, batch)`, one number.
 
     Returns:
-        A copy of `config` with `ranks`, to be attached to this model.
+        A copy of `config` with `ranks`, to be attached to this model, and `gradient_agreement`: the share of the summed
+        gradients' energy that the batches have in common, at most 1. Where it is near 0, the ranks follow noise; a
+        warning says so.
 
     Raises:
         ValueError: no budget; or see `florapeft.gradient_sums.gradient_sums`.
@@ -60,6 +65,7 @@ def allocate(model: nn.Module, config: FloraConfig, batches: Iterable[Any], loss
     if problem := describe_spending(choices, ranks, budget):
         logger.warning(problem)
     solved = replace(config, ranks={name: list(rank) for name, rank in ranks.items()}, allocation="spectrum")
+    solved.gradient_agreement = _agreement(sums)
     if config.init_weights == "gradient":
         solved.gradient_bases = {name: sums[name].bases(rank) for name, rank in ranks.items() if name in sums}
     return solved
@@ -70,7 +76,8 @@ def initialize_from_gradients(
 ) -> None:
     """Start an adapter from gradients: factors the leading HOSVD bases of the summed gradients, core zero.
 
-    Targets that no gradient reaches keep the start that they have.
+    Targets that no gradient reaches keep the start that they have. Where batches have hardly anything in common, the
+    bases follow noise; a warning says so.
 
     Args:
         model: with a FLoRA adapter that is not trained yet.
@@ -99,9 +106,32 @@ def initialize_from_gradients(
             raise ValueError(f"the update of {key} is not zero: adapter {name!r} is trained already")
     weights = {target.name: _weight(base, target) for target in adapted_targets(base) if target.name in tuckers}
     sums = gradient_sums(model, weights, batches, loss, {key: tucker.rank for key, tucker in tuckers.items()})
+    _agreement(sums)
     for key, found in sums.items():
         start_from_bases(tuckers[key], found.bases(tuckers[key].rank))
     forget_warning(layer for layer in layers.values() if isinstance(layer, FloraLayer))
+
+
+def are_noise(agreement: float | None) -> bool:
+    """Whether gradients with this share of common energy say nothing; with a single batch nobody knows."""
+    return agreement is not None and agreement < _LEAST_AGREEMENT
+
+
+def _agreement(sums: Mapping[str, GradientSum]) -> float | None:
+    """The mean of the weights' agreements, none below 0, by their numbers of entries; None of a single batch.
+
+    Warns where it is too low for the gradients to say anything.
+    """
+    found = [(prod(total.value.shape), share) for total in sums.values() if (share := total.agreement()) is not None]
+    if not found:
+        return None
+    mean = sum(size * max(0.0, share) for size, share in found) / sum(size for size, _ in found)
+    if are_noise(mean):
+        logger.warning(
+            f"the batches' gradients have {mean:.0%} of their energy in common: ranks and start from them follow "
+            "noise; give more batches, or take the default start and allocation='uniform'"
+        )
+    return mean
 
 
 def _weight(model: nn.Module, target: Target) -> Weight:

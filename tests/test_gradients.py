@@ -12,6 +12,7 @@ from torch import nn
 
 from florapeft import FloraConfig, allocate, initialize_from_gradients, plan
 from florapeft.gradient_sums import GradientSum, Weight, gradient_sums
+from florapeft.gradients import are_noise
 from florapeft.rank import count_parameters
 from florapeft.tucker import hosvd, unfold
 
@@ -297,6 +298,22 @@ class TestSum:
         again.add(gradient)
         assert torch.equal(again.bases((200, 300))[0], bases[0])
 
+    @pytest.mark.parametrize("shape", [(12, 8, 3, 3), (600, 500)])  # the second is kept compressed
+    @pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
+    def test_agreement_is_the_share_of_the_common_part(self, shape, common):
+        torch.manual_seed(0)
+        mean, found, n = torch.randn(shape), GradientSum(shape), 16
+        for _ in range(n):  # of the sum's energy, n² c against n (1 - c) n of noise
+            found.add(common**0.5 * mean + ((1 - common) * n) ** 0.5 * torch.randn(shape))
+        assert found.agreement() == pytest.approx(common, abs=0.1)
+
+    def test_one_gradient_agrees_with_nothing(self):
+        found = GradientSum((4, 4))
+        found.add(torch.randn(4, 4))
+        assert found.agreement() is None
+        found.add(torch.zeros(4, 4))
+        assert found.agreement() == pytest.approx(0)
+
     def test_as_many_directions_as_asked_for(self):
         assert GradientSum((1000, 1000), (200, 100)).kept == (200, 128)
 
@@ -408,6 +425,31 @@ class TestWarning:
         torch.manual_seed(0)
         default = get_peft_model(nn.Sequential(nn.Linear(4, 4)), FloraConfig(r=2, target_modules=["0"]))
         assert_same(state(given)[:1], state(default)[:1])
+
+
+class TestAgreement:
+    MODEL = staticmethod(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))
+    CONFIG = FloraConfig(budget=0.5, target_modules="all-weights")
+
+    @pytest.mark.parametrize(("signs", "expected"), [((1, 1, 1), 1.0), ((1, 1, 0), 0.75), ((1, -1, 1), 0.0)])
+    def test_of_batches_that_pull_one_way_or_another(self, signs, expected, caplog):
+        def pull(model, sign):
+            return sign * model(torch.ones(1, 6)).sum()
+
+        solved = allocate(self.MODEL(), self.CONFIG, signs, pull)
+        assert solved.gradient_agreement == pytest.approx(expected, abs=1e-5)
+        warned = "the batches' gradients have 0% of their energy in common" in caplog.text
+        assert warned == are_noise(solved.gradient_agreement) == (expected < 0.1)
+        caplog.clear()
+        model = get_peft_model(self.MODEL(), FloraConfig(r=2, target_modules="all-weights", init_weights="gradient"))
+        initialize_from_gradients(model, signs, pull)
+        assert ("of their energy in common" in caplog.text) == warned
+
+    def test_of_one_batch_is_unknown(self, caplog):
+        solved = allocate(self.MODEL(), self.CONFIG, [1], lambda model, sign: model(torch.ones(1, 6)).sum())
+        assert solved.gradient_agreement is None
+        assert not are_noise(None)
+        assert "in common" not in caplog.text
 
 
 class TestAllocate:

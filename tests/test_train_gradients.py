@@ -33,8 +33,10 @@ def test_ranks_and_start_come_from_gradients(task, jobs, tmp_path, monkeypatch):
         return florapeft.allocate(model, config, batches, loss)
 
     monkeypatch.setattr(gradients, "allocate", allocate)
+    monkeypatch.setattr(gradients, "are_noise", lambda agreement: False)  # as those of random labels are
     stdout, stderr = flora("train", *jobs[task], *ADAPTER, f"output={tmp_path / 'run'}", "--json")
     record = json.loads(stdout)
+    assert record["gradients"]["agreement"] <= 1
     epochs = 0 if task == "causal-lm" else 1
     assert record["gradients"]["warmup_epochs"] == epochs
     assert record["gradients"]["batches"] == 2
@@ -49,6 +51,17 @@ def test_ranks_and_start_come_from_gradients(task, jobs, tmp_path, monkeypatch):
     assert "gradient_batches: 2" in job
     measured = json.loads(flora("eval", tmp_path / "run", "--json")[0])
     assert all(measured[key] == value for key, value in record["validation"].items())
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_noise_is_not_followed_unless_it_is_asked_for(asked, jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "are_noise", lambda agreement: True)
+    more = ["adapter.allocation=spectrum"] if asked else []
+    stdout, stderr = flora("train", *jobs["causal-lm"], *ADAPTER, *more, f"output={tmp_path / 'run'}", "--json")
+    assert ("uniform ranks and the default start are taken" in stderr) != asked
+    assert json.loads(stdout)["gradients"]["batches"] == 2
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["init_weights"], saved["allocation"]) == (("gradient", "spectrum") if asked else (True, "uniform"))
 
 
 def test_without_a_budget_the_start_alone(jobs, tmp_path):

@@ -17,6 +17,7 @@ from torch import nn
 
 from florapeft import FloraConfig, allocate, initialize_from_gradients
 from florapeft.batch_norm import has_statistics
+from florapeft.gradients import are_noise
 from florapeft.targets import task_heads
 from florapeft.train.job import Job
 from florapeft.train.model import adapter_config
@@ -45,7 +46,9 @@ def attach_by_gradients(
         say: called with a line at each stage.
 
     Returns:
-        The model, and what this has cost: epochs of the head, batches (all there are, where those are fewer), seconds.
+        The model, and what this has cost: epochs of the head, batches (all there are, where those are fewer), seconds;
+        and, of ranks from gradients, how far the batches agree. Where that is too little, ranks are uniform and the
+        start is the default, unless the job asks for `allocation: spectrum`.
     """
     started, epochs = time.perf_counter(), warmup_epochs(job)
     size = arguments.train_batch_size
@@ -57,14 +60,19 @@ def attach_by_gradients(
         rows, size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(arguments.seed)
     )
     batches = itertools.islice(loader, count)
-    config = adapter_config(job, base, init_weights="gradient")
+    config, facts = adapter_config(job, base, init_weights="gradient"), {}
     if config.budget is not None and config.ranks is None and job.adapter.get("allocation") != "uniform":
-        model = peft.get_peft_model(base, allocate(base, config, batches, _loss))
+        config = allocate(base, config, batches, _loss)
+        facts = {"agreement": config.gradient_agreement}
+        if are_noise(config.gradient_agreement) and job.adapter.get("allocation") != "spectrum":
+            say("these batches' gradients have too little in common: uniform ranks and the default start are taken")
+            config = adapter_config(job, base)
+        model = peft.get_peft_model(base, config)
     else:
         model = peft.get_peft_model(base, config)
         initialize_from_gradients(model, batches, _loss)
     seconds = time.perf_counter() - started
-    return model, {"warmup_epochs": epochs, "batches": count, "seconds": seconds}
+    return model, {"warmup_epochs": epochs, "batches": count, "seconds": seconds, **facts}
 
 
 def warm_heads(
