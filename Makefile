@@ -43,6 +43,9 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/extraction.py cost
 	$(BIN)/python benchmarks/allocation.py --data $(DATA)
 	$(BIN)/python benchmarks/accuracy.py --data $(DATA)
+	$(BIN)/python benchmarks/agreement.py --data $(DATA)
+	$(BIN)/python benchmarks/studies.py --data $(DATA)
+	$(BIN)/python benchmarks/studies.py --data $(DATA) --task volumes
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 

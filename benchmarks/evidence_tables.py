@@ -154,6 +154,19 @@ def rates() -> Lines:
     return ["budget", *columns], [[budget, *(found[rate] for rate in columns)] for budget, found in cells.items()]
 
 
+def agreement() -> Lines:
+    """The share of the summed gradients' energy that the batches have in common, by task."""
+    lines = [
+        [
+            _NAMES[task],
+            f"{row['batches']} of {row['batch_size']}",
+            ", ".join(f"{share:.2f}" for share in sorted(row["agreement"])),
+        ]
+        for task, row in read("agreement")["tasks"].items()
+    ]
+    return ["task", "batches", "common share of the energy, by seed"], lines
+
+
 def _mean(row: dict[str, Any]) -> str:
     return f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}"
 
@@ -173,6 +186,7 @@ _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exis
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
+    **({"agreement": agreement} if (RESULTS / "agreement.json").exists() else {}),
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
     **({"study-rates": rates} if "rates" in _STUDIED.get("cifar100", {}) else {}),

@@ -1,0 +1,48 @@
+"""How far do the batches that ranks and start are taken from agree? Per task of benchmarks/accuracy.py.
+
+python benchmarks/agreement.py --data ../shared/data       # writes benchmarks/results/agreement.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import record
+import torch
+import transformers
+from cases import SETTINGS, Case
+
+from florapeft import allocate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="each draws a head and batches")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("florapeft").setLevel(logging.ERROR)  # low agreement is what this is about
+    results = {"environment": record.environment(), "tasks": {}}
+    for name, setting in SETTINGS.items():
+        try:
+            case = Case(name, setting, given.data)
+        except FileNotFoundError as missing:
+            print(f"{name} is left out: {missing}", flush=True)
+            continue
+        shares = []
+        for seed in range(given.seeds):
+            config = case.config(allocation="spectrum")
+            shares.append(allocate(case.model(seed), config, case.batches(seed), case.loss).gradient_agreement)
+        counts = {"batches": len(case.batches(0)), "batch_size": setting.batch_size}
+        results["tasks"][name] = {"agreement": shares, **counts}
+        print(name, results["tasks"][name], flush=True)
+    record.write(record.RESULTS / "agreement.json", results)
+
+
+if __name__ == "__main__":
+    main()
