@@ -66,7 +66,7 @@ class GradientSum:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         self.count += 1
-        self.energies += float(total.double().square().sum())
+        self.energies += float(torch.linalg.vector_norm(total)) ** 2
         if self.value is not None:
             total = total + self.value.to_tensor()
         if not self.is_compressed:
