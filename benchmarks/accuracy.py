@@ -147,10 +147,11 @@ def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tu
     config = case.config(**fields)
     if config.allocation == "spectrum":
         config = allocate(model, config, case.batches(seed), case.loss)
-        facts = {"ranks": config.ranks, "agreement": config.gradient_agreement}
+        agreement = {"agreement": config.gradient_agreement}
         if are_noise(config.gradient_agreement):
-            return flora({}, case, model, seed)[0], facts
-        return get_peft_model(model, config), facts
+            model, facts = flora({}, case, model, seed)
+            return model, facts | agreement
+        return get_peft_model(model, config), {"ranks": config.ranks} | agreement
     model = get_peft_model(model, config)
     if config.init_weights == "gradient":
         initialize_from_gradients(model, case.batches(seed), case.loss)

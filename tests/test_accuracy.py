@@ -209,6 +209,16 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     assert (other["seeds"], other["test_mean"]) == (1, pytest.approx(0.3))
 
 
+@pytest.mark.parametrize("noise", [False, True])
+def test_the_recipe_does_not_follow_noise(case, monkeypatch, noise):
+    monkeypatch.setattr(accuracy, "are_noise", lambda agreement: noise)
+    model, facts = accuracy.METHODS[accuracy.RECIPE](case, case.model(0), 0)
+    config = model.peft_config["default"]
+    assert (config.init_weights, config.allocation) == ((True, "uniform") if noise else ("gradient", "spectrum"))
+    assert facts["ranks"] == config.ranks
+    assert "agreement" in facts
+
+
 MORE = [(0.05, 2), (0.02, 0)]  # the share and the seed of the runs that are new
 
 
