@@ -31,7 +31,7 @@ from florapeft.targets import Target, adapted_targets
 logger = logging.getLogger("florapeft")
 
 # Below this share of common energy, gradients are taken for noise: see docs/evidence.md.
-_LEAST_AGREEMENT = 0.1
+_LEAST_AGREEMENT = 0.25
 
 
 def allocate(model: nn.Module, config: FloraConfig, batches: Iterable[Any], loss: Loss) -> FloraConfig:

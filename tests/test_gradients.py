@@ -439,7 +439,7 @@ class TestAgreement:
         solved = allocate(self.MODEL(), self.CONFIG, signs, pull)
         assert solved.gradient_agreement == pytest.approx(expected, abs=1e-5)
         warned = "the batches' gradients have 0% of their energy in common" in caplog.text
-        assert warned == are_noise(solved.gradient_agreement) == (expected < 0.1)
+        assert warned == are_noise(solved.gradient_agreement) == (expected < 0.25)
         caplog.clear()
         model = get_peft_model(self.MODEL(), FloraConfig(r=2, target_modules="all-weights", init_weights="gradient"))
         initialize_from_gradients(model, signs, pull)
