@@ -11,6 +11,7 @@ from performance import RESULTS, Lines, read
 
 Captioned = tuple[list[str], list[list[Any]], str]
 RIVALS = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr")
+_RECIPE = "FLoRA, gradient start, ranks by spectrum"
 WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 WITHIN = 0.02  # of the goal
 _CONVOLUTIONAL = ("cifar100", "volumes")
@@ -167,6 +168,15 @@ def agreement() -> Lines:
     return ["task", "batches", "common share of the energy, by seed"], lines
 
 
+def noise() -> Lines:
+    """CoLA with gradients that are noise, followed by an earlier version of the recipe, and not followed."""
+    rows = read("accuracy_cola")["methods"]
+    named = {"recipe, gradients followed": read("noise_followed"), "recipe, as it is now": rows[_RECIPE]}
+    named |= {method: rows[method] for method in ("FLoRA", "LoRA")}
+    lines = [[name, _mean(row), f"{row['rate']:g} / {row['head_rate']:g}", row["seeds"]] for name, row in named.items()]
+    return ["CoLA", "100 × Matthews correlation", "rates", "seeds"], lines
+
+
 def _mean(row: dict[str, Any]) -> str:
     return f"{100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f}"
 
@@ -186,6 +196,7 @@ _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exis
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
+    **({"noise": noise} if (RESULTS / "noise_followed.json").exists() else {}),
     **({"agreement": agreement} if (RESULTS / "agreement.json").exists() else {}),
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
