@@ -11,7 +11,6 @@ from performance import RESULTS, Lines, read
 
 Captioned = tuple[list[str], list[list[Any]], str]
 RIVALS = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr")
-_RECIPE = "FLoRA, gradient start, ranks by spectrum"
 WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 WITHIN = 0.02  # of the goal
 _CONVOLUTIONAL = ("cifar100", "volumes")
@@ -106,7 +105,7 @@ def summary() -> Lines:
         if not (RESULTS / f"accuracy_{task}.json").exists():
             continue
         rows = read(f"accuracy_{task}")["methods"]
-        recipe = next(method for method, row in rows.items() if "difference" not in row)
+        recipe = _recipe(rows)
         best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
         others = ("LoRA", best, recipe.replace("FLoRA", "LoRA"), "full fine-tuning")
         ahead = [_turned(rows[method]["difference"]) if method in rows else None for method in others]
@@ -119,6 +118,11 @@ def summary() -> Lines:
     lines.append(["mean of the convolutional tasks", "", *means])
     header = ["task", "FLoRA", "LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradients"]
     return [*header, "full fine-tuning"], lines
+
+
+def _recipe(rows: dict[str, Any]) -> str:
+    """The method that the others' differences are from."""
+    return next(method for method, row in rows.items() if "difference" not in row)
 
 
 def _turned(given: dict[str, float | None]) -> dict[str, float | None]:
@@ -171,7 +175,7 @@ def agreement() -> Lines:
 def noise() -> Lines:
     """CoLA with gradients that are noise, followed by an earlier version of the recipe, and not followed."""
     rows = read("accuracy_cola")["methods"]
-    named = {"recipe, gradients followed": read("noise_followed"), "recipe, as it is now": rows[_RECIPE]}
+    named = {"recipe, gradients followed": read("noise_followed"), "recipe, as it is now": rows[_recipe(rows)]}
     named |= {method: rows[method] for method in ("FLoRA", "LoRA")}
     lines = [[name, _mean(row), f"{row['rate']:g} / {row['head_rate']:g}", row["seeds"]] for name, row in named.items()]
     return ["CoLA", "100 × Matthews correlation", "rates", "seeds"], lines
@@ -188,16 +192,14 @@ def _interval(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-_STUDIED = {
-    task: read(f"studies_{task}")["studies"] for task in _CONVOLUTIONAL if (RESULTS / f"studies_{task}.json").exists()
-}
+_STUDIED = {task: read(f"studies_{task}")["studies"] for task in _CONVOLUTIONAL}
 _STUDIES = {name for studies in _STUDIED.values() for name in studies} - {"rates"}
 _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
 TABLES = {
     "evidence": summary,
-    **({"noise": noise} if (RESULTS / "noise_followed.json").exists() else {}),
-    **({"agreement": agreement} if (RESULTS / "agreement.json").exists() else {}),
+    "agreement": agreement,
+    "noise": noise,
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
     **({"study-rates": rates} if "rates" in _STUDIED.get("cifar100", {}) else {}),
