@@ -32,7 +32,7 @@ import record
 import tasks
 import torch
 import transformers
-from cases import SETTINGS, Case, fit
+from cases import SETTINGS, Case, available, fit
 from peft import get_peft_model
 from torch import nn
 
@@ -213,12 +213,11 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
     Several processes, each with methods of its own, may work on one file.
     """
     examples = {part: len(getattr(case.task, part)["labels"]) for part in ("train", "validation", "test")}
+    same = {"setting": asdict(case.setting), "examples": examples}
     with changing(path) as results:
-        _check_same(path, results, {"setting": asdict(case.setting), "examples": examples})
-        results["task"], results["score"], results["setting"] = case.name, case.task.score_name, asdict(case.setting)
-        results["goal"], results["layers"] = case.goal, len(case.layers)
-        results["examples"] = examples
-        results |= case.task.facts()
+        _check_same(path, results, same)
+        results |= {"task": case.name, "score": case.task.score_name, **same}
+        results |= {"goal": case.goal, "layers": len(case.layers), **case.task.facts()}
         runs = results.setdefault("runs", [])
 
     def run(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
@@ -376,17 +375,12 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("florapeft").setLevel(logging.ERROR)  # what is capped or left out stands in the results
-    for name in given.tasks or SETTINGS:
-        try:
-            case = Case(name, SETTINGS[name], given.data)
-        except FileNotFoundError as missing:
-            print(f"{name} is left out: {missing}", flush=True)
-            continue
+    for case in available(given.tasks or SETTINGS, given.data):
         if given.smoke:
             smoke(case, given.methods)
         else:
             plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds)
-            compare(case, given.methods, plan, record.RESULTS / f"accuracy_{name}.json")
+            compare(case, given.methods, plan, record.RESULTS / f"accuracy_{case.name}.json")
 
 
 if __name__ == "__main__":

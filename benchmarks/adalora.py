@@ -9,7 +9,6 @@ model returns; ours do not, and their gradients get it from hooks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from math import ceil
 from typing import Any
 
@@ -55,8 +54,7 @@ def after_steps(model: nn.Module) -> Callable[..., None] | None:
     """What AdaLoRA does after every optimizer step; None of any other method."""
     if not is_adalora(model):
         return None
-    steps = count(1)
-    return lambda model, optimizer: model.base_model.update_and_allocate(next(steps))
+    return lambda model, optimizer, step: model.base_model.update_and_allocate(step)
 
 
 def is_adalora(model: nn.Module) -> bool:

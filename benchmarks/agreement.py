@@ -12,7 +12,7 @@ from pathlib import Path
 import record
 import torch
 import transformers
-from cases import SETTINGS, Case
+from cases import SETTINGS, available
 
 from florapeft import allocate
 
@@ -28,19 +28,14 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("florapeft").setLevel(logging.ERROR)  # low agreement is what this is about
     results = {"environment": record.environment(), "tasks": {}}
-    for name, setting in SETTINGS.items():
-        try:
-            case = Case(name, setting, given.data)
-        except FileNotFoundError as missing:
-            print(f"{name} is left out: {missing}", flush=True)
-            continue
+    for case in available(SETTINGS, given.data):
         shares = []
         for seed in range(given.seeds):
             config = case.config(allocation="spectrum")
             shares.append(allocate(case.model(seed), config, case.batches(seed), case.loss).gradient_agreement)
-        counts = {"batches": len(case.batches(0)), "batch_size": setting.batch_size}
-        results["tasks"][name] = {"agreement": shares, **counts}
-        print(name, results["tasks"][name], flush=True)
+        counts = {"batches": len(case.batches(0)), "batch_size": case.setting.batch_size}
+        results["tasks"][case.name] = {"agreement": shares, **counts}
+        print(case.name, results["tasks"][case.name], flush=True)
     record.write(record.RESULTS / "agreement.json", results)
 
 

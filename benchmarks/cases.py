@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +148,30 @@ class Case:
         return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
 
 
+def available(names: Iterable[str], data: Path) -> Iterator[Case]:
+    """The tasks whose data are there; the others are named, with the reason."""
+    for name in names:
+        try:
+            yield Case(name, SETTINGS[name], data)
+        except FileNotFoundError as missing:
+            print(f"{name} is left out: {missing}", flush=True)
+
+
 def fit(
     case: Case,
     model: nn.Module,
     groups: list[tuple[float | None, list[nn.Parameter]]],
     epochs: int,
     seed: int,
-    every_step: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
+    every_step: Callable[[nn.Module, torch.optim.Optimizer, int], None] | None = None,
 ) -> float:
     """Trains groups of parameters, each at its rate, in place; returns the last loss."""
     torch.manual_seed(seed)
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
     if every_step is not None:
-        optimizer.register_step_post_hook(lambda optimizer, *_: every_step(model, optimizer))
+        steps = count(1)
+        optimizer.register_step_post_hook(lambda optimizer, *_: every_step(model, optimizer, next(steps)))
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

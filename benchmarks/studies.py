@@ -17,7 +17,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ from variants import (
 from florapeft.train.fitting import WITHIN
 from florapeft.train.trials import spread
 
-RATES = {"cifar100": (1.8e-2,), "volumes": (1e-2, 1.8e-2, 3.2e-2)}  # unless a variant has its own
+_AROUND = (1e-2, 1.8e-2, 3.2e-2)
+RATES = {"cifar100": (1.8e-2,), "volumes": _AROUND}  # unless a variant has its own
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ class Variant:
 
 
 _GRID = (3.2e-3, 1e-2, 3.2e-2)
-_AROUND = (1e-2, 1.8e-2, 3.2e-2)
 STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
@@ -143,8 +143,7 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
         (rate, parts["core"]),
         (variant.factor_rate * rate, parts["factors"]),
     ]
-    steps = count(1)
-    between = variant.between and (lambda model, optimizer: variant.between(case, model, optimizer, next(steps)))
+    between = variant.between and partial(variant.between, case)
     fit(case, model, groups, case.setting.epochs, seed, between)
     return {
         "variant": name,

@@ -62,11 +62,11 @@ class TestAdaLora:
         assert adalora.after_steps(Stack()) is None
         after, optimizer = adalora.after_steps(model), torch.optim.AdamW(model.parameters(), 1e-2)
         x, y = torch.randn(64, 2, 5, 5), torch.randn(64, 8)
-        for _ in range(40):
+        for step in range(1, 41):
             optimizer.zero_grad()
             F.mse_loss(model.base_model.model(x).out, y).backward()
             optimizer.step()
-            after(model, optimizer)
+            after(model, optimizer, step)
         values = {n: p for n, p in model.named_parameters() if "lora_E" in n}
         remaining = [int((p != 0).sum()) for p in values.values()]
         assert sum(remaining) == ranks
