@@ -55,10 +55,10 @@ SETTINGS = {
     "volumes": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 3.2e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 1e-3, 3.2e-3, 16, {"train_examples": 3000}, bf16=True),
     "rte": Setting(
-        _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
+        _BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
     ),
     "mrpc": Setting(
-        _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
+        _BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
     ),
     "sst2": Setting(
         _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 1000, "held_out_examples": 500}, bf16=True
