@@ -1,6 +1,6 @@
 """What makes FLoRA adapt well? Its start, factors, form, ranks, locality and rates, each varied alone on a task.
 
-ResNet-20 is adapted to CIFAR-100 as in benchmarks/accuracy.py, or the 3-D network to its moulds, at the same budget; a
+ResNet-20 is adapted to CIFAR-100 as in benchmarks/accuracy.py, or another network to its task, at the same budget; a
 variant differs from "FLoRA, gradient start" in one thing. Every variant is trained at each of its rates; the one that
 is best on the validation split is reported, by its score on the test split.
 
@@ -45,7 +45,8 @@ from florapeft.train.fitting import WITHIN
 from florapeft.train.trials import spread
 
 _AROUND = (1e-2, 1.8e-2, 3.2e-2)
-RATES = {"cifar100": (1.8e-2,), "volumes": _AROUND}  # unless a variant has its own
+# of a task, unless a variant has its own
+RATES = {"cifar100": (1.8e-2,), "digits": _AROUND, "experts": _AROUND, "volumes": _AROUND}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Variant:
     unequal: bool = False
 
 
-_GRID = (3.2e-3, 1e-2, 3.2e-2)
+_GRID = (3.2e-3, 1e-2, 3.2e-2, 1e-1)
+SPECTRUM = partial(gradient_start, allocation="spectrum")
 STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
@@ -96,9 +98,14 @@ STUDIES: dict[str, dict[str, Variant]] = {
     "ranks": {
         "uniform": Variant(),
         **{f"uniform, kernel rank {r}": Variant(partial(gradient_start, kernel_r=r)) for r in (1, 2, 3)},
-        "spectrum": Variant(partial(gradient_start, allocation="spectrum")),
+        "spectrum": Variant(SPECTRUM),
         "spectrum, kernel rank 2": Variant(partial(gradient_start, allocation="spectrum", kernel_r=2)),
         "exact energies of the gradient": Variant(exact_energies),
+    },
+    "factors with ranks by spectrum": {
+        "at a tenth of the core's rate": Variant(SPECTRUM, (*_AROUND, 5.6e-2), 0.1),
+        "at a third of the core's rate": Variant(SPECTRUM, (*_AROUND, 5.6e-2), 1 / 3),
+        "at the core's rate": Variant(SPECTRUM, (5.6e-3, *_AROUND)),
     },
     "locality": {
         f"kernel rank {r}, taps {'permuted' if permuted else 'in place'}": Variant(
@@ -176,7 +183,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; default: all")
-    parser.add_argument("--task", choices=("cifar100", "volumes"), default="cifar100")
+    parser.add_argument("--task", choices=RATES, default="cifar100")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
