@@ -54,12 +54,8 @@ SETTINGS = {
     # not bf16: torch 2.13's gradient of a 3-D kernel over 2 x 2 x 2 voxels is not a number then
     "volumes": Setting(r".*conv\d", 0.10, 6, 64, 1e-2, 3.2e-2, 8, {}),
     "cola": Setting(_BERT, 0.01, 3, 16, 1e-3, 3.2e-3, 16, {"train_examples": 3000}, bf16=True),
-    "rte": Setting(
-        _BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
-    ),
-    "mrpc": Setting(
-        _BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True
-    ),
+    "rte": Setting(_BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True),
+    "mrpc": Setting(_BERT, 0.01, 2, 16, 1e-3, 3.2e-3, 16, {"train_examples": 800, "held_out_examples": 500}, bf16=True),
     "sst2": Setting(
         _BERT, 0.01, 2, 16, 3.2e-3, 3.2e-3, 16, {"train_examples": 1000, "held_out_examples": 500}, bf16=True
     ),
