@@ -80,7 +80,7 @@ def _regulariser(parameter: nn.Parameter, weight: float, *, is_rows: bool) -> Ca
 
     def add(gradient: Tensor) -> Tensor:
         rows = parameter.detach().flatten(1) if is_rows else parameter.detach().flatten(1).mT
-        off = rows @ rows.mT - torch.eye(len(rows))
+        off = rows @ rows.mT - torch.eye(len(rows), device=rows.device)
         slope = 2 * weight * (off @ rows) / off.norm().clamp_min(1e-12)
         return gradient + (slope if is_rows else slope.mT).view_as(gradient)
 

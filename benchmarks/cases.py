@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,19 +62,37 @@ SETTINGS = {
     ),
 }
 
+# What the size for a GPU changes: more examples, longer training.
+FOR_GPU: dict[str, dict[str, Any]] = {
+    "cifar100": {"epochs": 30, "data": {"per_class": 40}},
+    "captions": {"epochs": 20, "data": {"per_class": 50}},
+    "digits": {"epochs": 40},
+    "experts": {"epochs": 4},
+    "volumes": {"epochs": 20},
+    "cola": {"epochs": 5, "data": {"train_examples": 5700}},
+    "rte": {"epochs": 5, "data": {"train_examples": 1600, "held_out_examples": 800}},
+    "mrpc": {"epochs": 5, "data": {"train_examples": 2400, "held_out_examples": 1200}},
+    "sst2": {"epochs": 3, "data": {"train_examples": 40000, "held_out_examples": 2000}},
+}
+
+
+def setting(name: str, device: str = "cpu") -> Setting:
+    """Of a task, at the size for a device."""
+    return replace(SETTINGS[name], **({} if device == "cpu" else FOR_GPU[name]))
+
 
 class Case:
     """A task, how it is trained, and what all methods share: warm heads, targets, the number of parameters."""
 
-    def __init__(self, name: str, setting: Setting, data: Path) -> None:
-        self.name, self.setting = name, setting
-        self.task = tasks.TASKS[name](data, **setting.data)
+    def __init__(self, name: str, setting: Setting, data: Path, device: str = "cpu") -> None:
+        self.name, self.setting, self.device = name, setting, device
+        self.task = tasks.TASKS[name](data, **setting.data).to(device)
         self.heads: dict[int, dict[str, Tensor]] = {}
         self.fits: dict[str, Any] = {}  # what `accuracy.fitted` has found
 
     def model(self, seed: int) -> nn.Module:
         """The frozen network; a new head is drawn from `seed` and has trained alone for one epoch."""
-        model = self.task.model(seed).requires_grad_(False)
+        model = self.task.model(seed).requires_grad_(False).to(self.device)
         if self.task.head is None:
             return model
         head = model.get_submodule(self.task.head)
@@ -135,7 +154,14 @@ class Case:
             return self.task.further(model)
 
     def precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.setting.bf16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.setting.bf16)
+
+    def seconds(self) -> float:
+        """Of the processor since some moment, for the machine may be shared; with a GPU, of the clock."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def batches(self, seed: int) -> list[tasks.Batch]:
         """Some of the training batches, for what starts from gradients."""
@@ -144,11 +170,11 @@ class Case:
         return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
 
 
-def available(names: Iterable[str], data: Path) -> Iterator[Case]:
+def available(names: Iterable[str], data: Path, device: str = "cpu") -> Iterator[Case]:
     """The tasks whose data are there; the others are named, with the reason."""
     for name in names:
         try:
-            yield Case(name, SETTINGS[name], data)
+            yield Case(name, setting(name, device), data, device)
         except FileNotFoundError as missing:
             print(f"{name} is left out: {missing}", flush=True)
 

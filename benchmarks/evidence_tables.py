@@ -149,14 +149,19 @@ def study(name: str) -> Callable[[], Lines]:
 
 
 def rates() -> Lines:
-    """Accuracy by budget and rate, all of them trained."""
-    rows = _STUDIED["cifar100"]["rates"]
-    cells: dict[str, dict[str, str]] = {}
-    for variant, row in rows.items():
-        budget, rate = variant.split(", rate ")
-        cells.setdefault(budget, {})[rate] = f"{100 * row['test_mean']:.1f}"
-    columns = list(next(iter(cells.values())))
-    return ["budget", *columns], [[budget, *(found[rate] for rate in columns)] for budget, found in cells.items()]
+    """Accuracy by task, budget and rate, the best rate of a budget on the validation split in bold."""
+    lines, columns = [], []
+    for task, studies in _STUDIED.items():
+        budgets: dict[str, dict[str, dict[str, Any]]] = {}
+        for variant, row in studies.get("rates", {}).items():
+            budget, rate = variant.split(", rate ")
+            budgets.setdefault(budget, {})[rate] = row
+        for budget, found in budgets.items():
+            columns = list(found)
+            best = max(columns, key=lambda rate: found[rate]["validation_mean"])
+            cells = [f"**{_mean(found[rate])}**" if rate == best else _mean(found[rate]) for rate in columns]
+            lines.append([_NAMES[task], budget, *cells])
+    return ["task", "budget", *(f"rate {rate}" for rate in columns)], lines
 
 
 def agreement() -> Lines:
@@ -192,7 +197,7 @@ def _interval(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-_STUDIED = {task: read(f"studies_{task}")["studies"] for task in _CONVOLUTIONAL}
+_STUDIED = {task: read(f"studies_{task}")["studies"] for task in _NAMES if (RESULTS / f"studies_{task}.json").exists()}
 _STUDIES = {name for studies in _STUDIED.values() for name in studies} - {"rates"}
 _MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
@@ -202,5 +207,5 @@ TABLES = {
     "noise": noise,
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
-    **({"study-rates": rates} if "rates" in _STUDIED.get("cifar100", {}) else {}),
+    **({"study-rates": rates} if any("rates" in studies for studies in _STUDIED.values()) else {}),
 }

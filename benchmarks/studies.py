@@ -102,7 +102,7 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "spectrum, kernel rank 2": Variant(partial(gradient_start, allocation="spectrum", kernel_r=2)),
         "exact energies of the gradient": Variant(exact_energies),
     },
-    "factors with ranks by spectrum": {
+    "factor-rates": {
         "at a tenth of the core's rate": Variant(SPECTRUM, (*_AROUND, 5.6e-2), 0.1),
         "at a third of the core's rate": Variant(SPECTRUM, (*_AROUND, 5.6e-2), 1 / 3),
         "at the core's rate": Variant(SPECTRUM, (5.6e-3, *_AROUND)),
@@ -173,6 +173,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rate": rate,
         "rates_tried": sorted(by_rate),
+        "validation_mean": statistics.mean(run["validation"] for run in by_rate[rate]),
         "test_mean": statistics.mean(scores),
         "test_std": spread(scores),
         "seeds": len(scores),

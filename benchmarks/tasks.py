@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ class Task:
     validation: Batch
     test: Batch
     score_name: str
+
+    def to(self, device: str) -> Task:
+        """The same with its tensors on a device; the network stays where it is made."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: part for name, part in parts.items() if isinstance(part, dict)}
+        return replace(self, **{n: {key: value.to(device) for key, value in d.items()} for n, d in tensors.items()})
 
     def model(self, seed: int) -> nn.Module:
         """The pretrained network with a new head drawn from `seed`."""

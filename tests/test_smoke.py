@@ -7,7 +7,7 @@ import pretrained
 import pytest
 import tasks
 import torch
-from cases import SETTINGS
+from cases import SETTINGS, Case, setting
 from safetensors.torch import save_file
 
 ROWS = {
@@ -41,12 +41,17 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", SETTINGS)
-def test_every_method_runs_or_is_left_out_with_a_reason(task, data, tiny, capsys, monkeypatch):
-    monkeypatch.setattr(pretrained, "skipped", False)  # restored afterwards
+@pytest.fixture
+def small(tiny, monkeypatch):
+    """A text encoder of random weights in MiniLM's place; networks that a task pretrains stay as they are built."""
+    monkeypatch.setattr(pretrained, "skipped", True)
     for module in ("tasks", "glue", "captions"):
         monkeypatch.setattr(f"{module}.minilm", lambda: tiny / "text" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SETTINGS)
+def test_every_method_runs_or_is_left_out_with_a_reason(task, data, small, capsys):
     torch.manual_seed(0)
     accuracy.main([task, "--smoke", "--data", str(data)])
     said = [line.removeprefix(f"{task} ") for line in capsys.readouterr().out.splitlines() if line.startswith(task)]
@@ -54,3 +59,15 @@ def test_every_method_runs_or_is_left_out_with_a_reason(task, data, tiny, capsys
         method for method in accuracy.METHODS if method not in LEFT_OUT.get(task, ())
     ]
     assert {line.split(" is left out: ")[0] for line in said if not line.endswith(" runs")} == LEFT_OUT.get(task, set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SETTINGS)
+def test_the_size_for_a_gpu_runs(task, data, small):
+    ours, theirs = Case(task, setting(task), data), Case(task, setting(task, "cuda"), data)
+    assert theirs.steps > ours.steps
+    assert all(len(getattr(theirs.task, part)["labels"]) for part in ("train", "validation", "test"))
+    accuracy.cut_short(theirs)
+    run = accuracy.train(theirs, accuracy.RECIPE, accuracy.first_rates(theirs, accuracy.RECIPE), 0)
+    assert run["parameters"] > 0
+    assert -1 <= run["test"] <= 1
