@@ -7,7 +7,8 @@ seeds.
     python benchmarks/accuracy.py cifar100                  # one task; goes on where it was stopped
     python benchmarks/accuracy.py cola --seeds 3            # fewer seeds; more of them can be added later
     python benchmarks/accuracy.py cifar100 --shares 0.025 0.05   # two budgets more
-    python benchmarks/accuracy.py --device cuda             # larger sizes
+    python benchmarks/accuracy.py cifar100 --epochs 12      # longer training, in a record of its own
+    python benchmarks/accuracy.py --device cuda             # larger sizes, in records of their own
     python benchmarks/accuracy.py --smoke                   # all tasks, cut short; nothing is written
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,8 +31,7 @@ import pretrained
 import record
 import tasks
 import torch
-import transformers
-from cases import SETTINGS, Case, available, fit
+from cases import SETTINGS, Case, available, fit, prepare
 from peft import get_peft_model
 from torch import nn
 
@@ -362,6 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--shares", type=float, nargs="+", default=(), help="further budgets, at the rates of the first"
     )
     parser.add_argument("--other-seeds", type=int, default=2, help="at the further budgets")
+    parser.add_argument("--epochs", type=int, help="instead of the task's own; kept in a record apart")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -371,17 +371,16 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := set(given.tasks) - set(SETTINGS):
         parser.error(f"no task {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
-    torch.set_num_threads(given.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("florapeft").setLevel(logging.ERROR)  # what is capped or left out stands in the results
+    prepare(given.threads)
     for case in available(given.tasks or SETTINGS, given.data, given.device):
         if given.smoke:
             smoke(case, given.methods)
-        else:
-            plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds)
-            size = "" if given.device == "cpu" else "_gpu"
-            compare(case, given.methods, plan, record.RESULTS / f"accuracy_{case.name}{size}.json")
+            continue
+        name = f"accuracy_{case.name}" + ("" if given.device == "cpu" else "_gpu")
+        if given.epochs:
+            case.setting, name = replace(case.setting, epochs=given.epochs), f"{name}_{given.epochs}_epochs"
+        plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds)
+        compare(case, given.methods, plan, record.RESULTS / f"{name}.json")
 
 
 if __name__ == "__main__":

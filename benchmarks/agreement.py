@@ -6,13 +6,11 @@ python benchmarks/agreement.py --data ../shared/data       # writes benchmarks/r
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 import record
 import torch
-import transformers
-from cases import SETTINGS, available
+from cases import SETTINGS, available, prepare
 
 from florapeft import allocate
 
@@ -23,10 +21,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("florapeft").setLevel(logging.ERROR)  # low agreement is what this is about
+    prepare(given.threads)
     results = {"environment": record.environment(), "tasks": {}}
     for case in available(SETTINGS, given.data):
         shares = []

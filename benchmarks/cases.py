@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import tasks
 import torch
+import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -168,6 +170,14 @@ class Case:
         order = torch.randperm(len(self.task.train["labels"]), generator=torch.Generator().manual_seed(seed))
         count = self.setting.gradient_batches
         return tasks.batches(self.task.train, self.setting.batch_size, order)[:count]
+
+
+def prepare(threads: int) -> None:
+    """For runs of this process; what is capped or left out stands in their records, and is not said on the way."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("florapeft").setLevel(logging.ERROR)
 
 
 def available(names: Iterable[str], data: Path, device: str = "cpu") -> Iterator[Case]:

@@ -98,26 +98,48 @@ def budgets(task: str) -> Callable[[], Lines]:
     return build
 
 
+_LEADS = ["LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradients", "full fine-tuning"]
+
+
 def summary() -> Lines:
     """Per task, by how much FLoRA's recipe is ahead of the others, at equal parameters but for full fine-tuning."""
-    lines, found = [], []
-    for task, name in _NAMES.items():
-        if not (RESULTS / f"accuracy_{task}.json").exists():
-            continue
-        rows = read(f"accuracy_{task}")["methods"]
-        recipe = _recipe(rows)
-        best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
-        others = ("LoRA", best, recipe.replace("FLoRA", "LoRA"), "full fine-tuning")
-        ahead = [_turned(rows[method]["difference"]) if method in rows else None for method in others]
-        if task in _CONVOLUTIONAL:
-            found.append([difference["mean"] for difference in ahead])
-        cells = [_interval(difference) for difference in ahead]
-        cells[1] = f"{best}: {cells[1]}"
-        lines.append([name, _mean(rows[recipe]), *cells])
-    means = [f"{100 * statistics.mean(column):+.1f}" for column in zip(*found, strict=True)]
-    lines.append(["mean of the convolutional tasks", "", *means])
-    header = ["task", "FLoRA", "LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradients"]
-    return [*header, "full fine-tuning"], lines
+    found = {task: read(f"accuracy_{task}")["methods"] for task in _MEASURED}
+    lines = [[_NAMES[task], *_leads(rows)] for task, rows in found.items()]
+    means = [[_ahead(found[task], method)["mean"] for method in _compared(found[task])] for task in _CONVOLUTIONAL]
+    averages = [f"{100 * statistics.mean(column):+.1f}" for column in zip(*means, strict=True)]
+    lines.append(["mean of the convolutional tasks", "", *averages])
+    return ["task", "FLoRA", *_LEADS], lines
+
+
+def length() -> Lines:
+    """The same where training was longer too."""
+    lines = []
+    for task in _MEASURED:
+        longer = sorted((read(path.stem) for path in RESULTS.glob(f"accuracy_{task}_*_epochs.json")), key=_epochs)
+        for results in [read(f"accuracy_{task}"), *longer] if longer else []:
+            lines.append([_NAMES[task], _epochs(results), *_leads(results["methods"])])
+    return ["task", "epochs", "FLoRA", *_LEADS], lines
+
+
+def _epochs(results: dict[str, Any]) -> int:
+    return results["setting"]["epochs"]
+
+
+def _leads(rows: dict[str, Any]) -> list[str]:
+    """The recipe's score, and by how much it is ahead of those in `_LEADS`."""
+    compared = _compared(rows)
+    cells = [_interval(_ahead(rows, method)) for method in compared]
+    cells[1] = f"{compared[1]}: {cells[1]}"
+    return [_mean(rows[_recipe(rows)]), *cells]
+
+
+def _compared(rows: dict[str, Any]) -> tuple[str, ...]:
+    best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
+    return "LoRA", best, _recipe(rows).replace("FLoRA", "LoRA"), "full fine-tuning"
+
+
+def _ahead(rows: dict[str, Any], method: str) -> dict[str, float | None] | None:
+    return _turned(rows[method]["difference"]) if method in rows else None
 
 
 def _recipe(rows: dict[str, Any]) -> str:
@@ -205,6 +227,7 @@ TABLES = {
     "evidence": summary,
     "agreement": agreement,
     "noise": noise,
+    **({"length": length} if list(RESULTS.glob("accuracy_*_epochs.json")) else {}),
     **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
     **({"study-rates": rates} if any("rates" in studies for studies in _STUDIED.values()) else {}),

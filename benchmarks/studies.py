@@ -12,7 +12,6 @@ is best on the validation split is reported, by its score on the test split.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from typing import Any
 import record
 import torch
 from accuracy import changing
-from cases import SETTINGS, Case, fit
+from cases import SETTINGS, Case, fit, prepare
 from torch import nn
 from variants import (
     Between,
@@ -191,8 +190,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.studies) - set(STUDIES):
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
-    torch.set_num_threads(given.threads)
-    logging.getLogger("florapeft").setLevel(logging.ERROR)
+    prepare(given.threads)
     path = record.RESULTS / f"studies_{given.task}.json"
     case = Case(given.task, SETTINGS[given.task], given.data)
     for study in given.studies or STUDIES:

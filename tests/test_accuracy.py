@@ -236,3 +236,14 @@ def test_a_task_without_its_data_is_left_out(capsys, tmp_path):
     said = capsys.readouterr().out
     assert said.startswith("cifar100 is left out: ")
     assert str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "epochs"),
+    [([], "accuracy_digits", 12), (["--epochs", "30"], "accuracy_digits_30_epochs", 30)],
+)
+def test_longer_training_has_a_record_of_its_own(monkeypatch, arguments, name, epochs):
+    seen = []
+    monkeypatch.setattr(accuracy, "compare", lambda case, methods, plan, path: seen.append((case.setting.epochs, path)))
+    accuracy.main(["digits", *arguments])
+    assert [(epochs, path.stem) for epochs, path in seen] == [(epochs, name)]
