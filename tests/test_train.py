@@ -5,6 +5,7 @@ import json
 import runpy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 
+from florapeft import FloraConfig
 from florapeft.train import data, job, merge, model, run, save
 from florapeft.train.evaluate import adapter_folder
 
@@ -270,6 +272,38 @@ def test_heads_are_found():
         ValueError, match=r"no classifier head found among 0, 1 of Sequential; name it with adapter\.mo"
     ):
         model.find_heads(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+@pytest.fixture
+def without_pooler(tmp_path):
+    """A text-classification job on a checkpoint of a language model: head and pooler are new."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "model")
+    return {**GOOD, "model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+
+
+@pytest.mark.parametrize("targets", ["all-weights", ["query"], ["query", "dense"]])
+def test_what_a_checkpoint_lacks_is_saved_with_the_adapter(tmp_path, without_pooler, targets):
+    this = job.parse_job({**without_pooler, "adapter": {"r": 2, "target_modules": targets}})
+    base = model.load_base(this.task, this.model, ["a", "b"])
+    assert base.new_modules == ["bert.pooler.dense", "classifier"]
+    adapted = model.attach(this, base)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = model.load_base(this.task, this.model, ["a", "b"])  # another draw of head and pooler
+    again = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    model.check_is_whole(again)
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(again.eval()(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_an_adapter_without_what_the_checkpoint_lacks_is_refused(tmp_path, without_pooler):
+    base = model.load_base("text-classification", without_pooler["model"], ["a", "b"])
+    adapted = peft.get_peft_model(base, FloraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"neither the checkpoint of '.*' nor the adapter has weights for bert.pooler"):
+        model.check_is_whole(adapted)
 
 
 def test_causal_batch(tokenizer):

@@ -10,7 +10,7 @@ import transformers
 
 from florapeft.train.data import load_examples, with_images
 from florapeft.train.job import Job, apply_overrides, parse_job, parse_yaml
-from florapeft.train.model import load_base, load_collator
+from florapeft.train.model import check_is_whole, load_base, load_collator
 from florapeft.train.run import evaluate, make_trainer, training_arguments
 from florapeft.train.save import JOB_FILE
 
@@ -75,6 +75,7 @@ def evaluate_adapter(
     base = load_base(job.task, job.model, examples.labels)
     collator = load_collator(job, base)
     model = peft.PeftModel.from_pretrained(base, str(folder))
+    check_is_whole(model)
     rows = examples.splits[role]
     if job.task == "image-classification":
         rows = with_images(job, rows)

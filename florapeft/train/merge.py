@@ -12,7 +12,7 @@ import transformers
 
 from florapeft.train.evaluate import adapter_folder, read_job
 from florapeft.train.extract import RECORD_FILE as EXTRACTION_FILE
-from florapeft.train.model import load_base
+from florapeft.train.model import check_is_whole, load_base, load_pretrained
 from florapeft.train.record import versions
 from florapeft.train.save import atomic_folder, to_json
 
@@ -59,6 +59,7 @@ def merge_adapter(
         raise FileNotFoundError(f"base model not found: {name} (named by {folder / 'adapter_config.json'}); use --base")
     say(f"loading the base {name} and the adapter {folder}")
     model = peft.PeftModel.from_pretrained(_load_base(folder, config, name), str(folder)).eval()
+    check_is_whole(model)
     inputs = random_inputs(model.get_base_model())
     expected = _outputs(model, inputs)
     merged = model.merge_and_unload(safe_merge=True).eval()
@@ -119,7 +120,7 @@ def _load_base(folder: Path, config: dict[str, Any], name: str) -> transformers.
         raise ValueError(
             f"{folder / 'adapter_config.json'} does not tell the base's class: no task_type, no model class"
         )
-    return cls.from_pretrained(name, use_safetensors=True)
+    return load_pretrained(cls, name)
 
 
 @torch.no_grad()

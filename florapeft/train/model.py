@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from florapeft import FloraConfig
@@ -22,28 +23,54 @@ _AUTO_CLASS = {
     "causal-lm": transformers.AutoModelForCausalLM,
 }
 _TASK_TYPE = {"image-classification": None, "text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_SAVED_BY_PEFT = {"text-classification": ("classifier", "score")}  # with every adapter of the task's type
 IGNORED = -100  # a label that transformers' losses leave out
 
 
 def load_base(task: str, model: str, labels: list[str] | None) -> transformers.PreTrainedModel:
     """The base model from a hub id or a local folder, safetensors only, with a head for `labels`.
 
-    A head of another size than the checkpoint's starts anew, at random; set the seed before.
+    A head of another size than the checkpoint's starts anew, at random, and so does what the checkpoint lacks, such as
+    a pooler; set the seed before.
 
     Raises:
         ValueError, OSError: not found, no safetensors, or not a model for `task`; one line that names it.
     """
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise FileNotFoundError(f"model folder not found: {model}")
-    arguments: dict[str, Any] = {"use_safetensors": True}
+    arguments: dict[str, Any] = {}
     if labels is not None:
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: index for index, label in enumerate(labels)}
         arguments["ignore_mismatched_sizes"] = True
     try:
-        return _AUTO_CLASS[task].from_pretrained(str(Path(model).expanduser()), **arguments)
+        return load_pretrained(_AUTO_CLASS[task], str(Path(model).expanduser()), **arguments)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model '{model}' for {task}: {' '.join(str(error).split())}") from error
+
+
+def load_pretrained(cls: Any, model: str, **arguments: Any) -> transformers.PreTrainedModel:
+    """A model of transformers, safetensors only, that knows which of its modules the checkpoint had no weights for."""
+    base, found = cls.from_pretrained(model, use_safetensors=True, output_loading_info=True, **arguments)
+    new = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if loose := sorted(key for key in new if "." not in key):
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(loose)}, and an adapter saves modules, not single parameters"
+        )
+    base.new_modules = sorted({key.rpartition(".")[0] for key in new})
+    return base
+
+
+def check_is_whole(model: peft.PeftModel) -> None:
+    """Raises ValueError if weights are at random that neither the base's checkpoint nor the adapter has."""
+    base = model.get_base_model()
+    saved = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    random = [name for name in base.new_modules if not any(f"{name}.".startswith(f"{module}.") for module in saved)]
+    if random:
+        raise ValueError(
+            f"neither the checkpoint of '{base.name_or_path}' nor the adapter has weights for {', '.join(random)}; "
+            "is it the base that the adapter was trained on?"
+        )
 
 
 def load_skeleton(model: str) -> transformers.PreTrainedModel:
@@ -71,17 +98,27 @@ def attach(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> peft
 
 def adapter_config(job: Job, base: transformers.PreTrainedModel, **changes: Any) -> FloraConfig:
     """The job's `adapter` fields, with what follows from its task, and with `changes`."""
-    return FloraConfig(**{"target_modules": "all-weights", **task_fields(job, base), **job.adapter, **changes})
+    return FloraConfig(**{"target_modules": "all-weights", **job.adapter, **task_fields(job, base), **changes})
 
 
 def task_fields(job: Job, base: transformers.PreTrainedModel) -> dict[str, Any]:
-    """The fields of a config of any of PEFT's methods that a job's task and its heads call for."""
-    fields: dict[str, Any] = {"task_type": _TASK_TYPE[job.task]}
-    if job.adapter.get("modules_to_save") is not None:
-        fields["modules_to_save"] = job.adapter["modules_to_save"]
-    elif job.task == "image-classification":  # PEFT knows the heads of the other tasks by their task type
-        fields["modules_to_save"] = find_heads(base)
-    return fields
+    """The fields of a config of any of PEFT's methods that a job's task, its heads and new modules call for."""
+    saved = job.adapter.get("modules_to_save")
+    if saved is None:
+        saved = find_heads(base) if job.task == "image-classification" else []
+    new = new_beside_heads(base, [*saved, *_SAVED_BY_PEFT.get(job.task, ())])
+    return {"task_type": _TASK_TYPE[job.task], "modules_to_save": [*saved, *new] or None}
+
+
+def new_beside_heads(base: transformers.PreTrainedModel, heads: list[str]) -> list[str]:
+    """What the base's checkpoint had no weights for, but for what lies in `heads`, named as PEFT names modules."""
+    found: list[str] = []
+    for name in base.new_modules:
+        parts = name.split(".")
+        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        if not any(outer in found or outer.endswith(tuple(heads)) for outer in around):
+            found.append(name)
+    return found
 
 
 def find_heads(model: nn.Module) -> list[str]:
