@@ -249,6 +249,23 @@ def test_images_by_path_in_a_csv(tmp_path):
         data.with_images(spec, examples.splits["train"])
 
 
+def test_every_split_has_the_images_beside_its_own_file(tmp_path):
+    colours = {"train": "red", "validation": "blue"}
+    for role, colour in colours.items():
+        (tmp_path / role).mkdir()
+        Image.new("RGB", (4, 4), colour).save(tmp_path / role / "a.png")
+        (tmp_path / role / "rows.csv").write_text("image,label_id\na.png,x\na.png,y\n")
+    files = {role: str(tmp_path / role / "rows.csv") for role in colours}
+    columns = {"label": "label_id"}
+    for given in ({"path": files}, {"path": files, "splits": {"validation": "validation[:50%]"}}):
+        spec = {**GOOD, "task": "image-classification", "data": {**given, "columns": columns}}
+        this = job.parse_job(spec)
+        found = data.load_examples(this, tuple(colours), ("train",)).splits
+        for role, colour in colours.items():
+            image = data.with_images(this, found[role])[0]["image"]
+            assert image.getpixel((0, 0)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+
+
 # --- heads, batches, loss ---------------------------------------------------------------------------------------------
 
 
@@ -306,6 +323,21 @@ def test_an_adapter_without_what_the_checkpoint_lacks_is_refused(tmp_path, witho
         model.check_is_whole(adapted)
 
 
+@pytest.mark.parametrize("name", ["GPT2ForSequenceClassification", "BartForSequenceClassification"])
+def test_a_classifier_that_reads_as_far_as_a_token_is_merged(tmp_path, tokenizer, name):
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_id}
+    sizes |= {"n_embd": 8, "n_layer": 1, "n_head": 1, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    base = model.load_base("text-classification", str(tmp_path / "model"), ["a", "b"])
+    config = FloraConfig(r=2, target_modules="all-weights", task_type="SEQ_CLS")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    merge.merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").pad_token_id is not None
+
+
 def test_causal_batch(tokenizer):
     ids = tokenizer.get_vocab()
     good, bad, film, first, last, pad = (ids[w] for w in ("good", "bad", "film", "[CLS]", "[SEP]", "[PAD]"))
@@ -317,6 +349,9 @@ def test_causal_batch(tokenizer):
     assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
     cut = model.CausalCollator(tokenizer, "t", None, 2)(rows)
     assert cut["input_ids"].tolist() == cut["labels"].tolist() == [[first, bad], [first, bad]]
+    cut = model.CausalCollator(tokenizer, "t", "p", 3)(rows)  # the prompts end in [SEP]
+    assert cut["input_ids"].tolist() == [[last, bad, film], [last, bad, last]]
+    assert cut["labels"].tolist() == [[-100, bad, film], [-100, bad, last]]
 
 
 def test_text_batch_with_pairs(tokenizer):

@@ -10,7 +10,7 @@ import datasets
 from florapeft.train.job import ROLES, DataSpec, Job, closest
 
 _FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-LABEL_ID = "label_id"  # the column of class numbers that `load_examples` adds
+LABEL_ID = "florapeft_label"  # the column of class numbers that `load_examples` adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ def load_examples(job: Job, roles: tuple[str, ...], required: tuple[str, ...]) -
     splits = _load_splits(job, roles, required)
     for role, rows in splits.items():
         _check_rows(job, role, rows)
+        if job.task == "image-classification":
+            splits[role] = _with_folders(job, role, rows)
     if job.task == "causal-lm":
         return Examples(splits, None)
     column = job.data.columns["label"]
@@ -134,18 +136,26 @@ def _check_rows(job: Job, role: str, rows: datasets.Dataset) -> None:
             raise ValueError(f"data {_shown(job.data)}, split {role}: column '{column}' holds {dtype}, not text")
 
 
-def with_images(job: Job, rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows whose image column is decoded to PIL images; paths in a CSV or JSONL file count from that file's folder."""
+def _with_folders(job: Job, role: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows whose paths of images, if they have these, count from the folder of the file that the rows came from."""
     column = job.data.columns["image"]
     if isinstance(rows.features[column], datasets.Image):
         return rows
-    files = job.data.path.values() if isinstance(job.data.path, dict) else [job.data.path]
-    folder = Path(next(iter(files))).parent
-    paths = [str(folder / path) for path in rows[column]]
-    for path in paths:
+    files = job.data.path if isinstance(job.data.path, dict) else {"train": job.data.path}
+    name = job.data.splits.get(role, role).split("[")[0]
+    folder = Path(files.get(name, next(iter(files.values())))).parent  # what is held out comes from the training split
+    return rows.remove_columns(column).add_column(column, [str(folder / path) for path in rows[column]])
+
+
+def with_images(job: Job, rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of `load_examples` whose image column is decoded to PIL images; in a CSV or JSONL file it holds paths."""
+    column = job.data.columns["image"]
+    if isinstance(rows.features[column], datasets.Image):
+        return rows
+    for path in rows[column]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"image file not found: {path} (column '{column}' of data {_shown(job.data)})")
-    return rows.remove_columns(column).add_column(column, paths).cast_column(column, datasets.Image())
+    return rows.cast_column(column, datasets.Image())
 
 
 def _label_names(rows: datasets.Dataset, column: str, role: str) -> list[str]:

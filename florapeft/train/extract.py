@@ -82,7 +82,7 @@ def extract_adapter(
         "tuned": tuned,
         "output": str(output),
         "task": task,
-        "labels": list((given.get("id2label") or {}).values()) or None,
+        "labels": [name for _, name in sorted((given.get("id2label") or {}).items(), key=_number)] or None,
         **model.extraction.to_dict(),
         "versions": versions(),
     }
@@ -92,6 +92,11 @@ def extract_adapter(
         (partial / RECORD_FILE).write_text(to_json(record) + "\n", encoding="utf-8")
     shutil.rmtree(work, ignore_errors=True)
     return record | {"table": str(model.extraction)}
+
+
+def _number(item: tuple[str, str]) -> int:
+    """Of a class, from `id2label`: JSON has numbers as texts there, and "10" comes before "2"."""
+    return int(item[0])
 
 
 def classifier_heads(model: nn.Module) -> list[str]:

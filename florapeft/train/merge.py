@@ -12,7 +12,7 @@ import transformers
 
 from florapeft.train.evaluate import adapter_folder, read_job
 from florapeft.train.extract import RECORD_FILE as EXTRACTION_FILE
-from florapeft.train.model import check_is_whole, load_base, load_pretrained
+from florapeft.train.model import check_is_whole, load_base, load_pretrained, load_tokenizer
 from florapeft.train.record import versions
 from florapeft.train.save import atomic_folder, to_json
 
@@ -60,6 +60,7 @@ def merge_adapter(
     say(f"loading the base {name} and the adapter {folder}")
     model = peft.PeftModel.from_pretrained(_load_base(folder, config, name), str(folder)).eval()
     check_is_whole(model)
+    _find_padding(model.get_base_model(), name)
     inputs = random_inputs(model.get_base_model())
     expected = _outputs(model, inputs)
     merged = model.merge_and_unload(safe_merge=True).eval()
@@ -92,7 +93,12 @@ def random_inputs(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
     if model.main_input_name == "input_ids":
-        ids = torch.randint(0, config.get_text_config().vocab_size, (2, 8), generator=generator)
+        text = config.get_text_config()
+        ids = torch.randint(0, text.vocab_size, (2 if text.pad_token_id is not None else 1, 8), generator=generator)
+        if text.eos_token_id is not None:  # classifiers with a decoder read it, and want one in every row
+            end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+            ids = ids.where(ids != end, (end + 1) % text.vocab_size)
+            ids[:, -1] = end
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     raise ValueError(f"cannot check a merge of {type(model).__name__}: its main input is {model.main_input_name}")
 
@@ -121,6 +127,16 @@ def _load_base(folder: Path, config: dict[str, Any], name: str) -> transformers.
             f"{folder / 'adapter_config.json'} does not tell the base's class: no task_type, no model class"
         )
     return load_pretrained(cls, name)
+
+
+def _find_padding(model: transformers.PreTrainedModel, name: str) -> None:
+    """Sets the padding token, as training has, where there is a tokenizer: sequence classifiers go by it."""
+    if model.main_input_name != "input_ids" or model.config.pad_token_id is not None:
+        return
+    try:
+        load_tokenizer(name, model)
+    except (OSError, ValueError, KeyError):  # no tokenizer beside the base
+        return
 
 
 @torch.no_grad()

@@ -144,20 +144,24 @@ def load_collator(job: Job, base: transformers.PreTrainedModel) -> Callable[[lis
             encode = transformers.AutoImageProcessor.from_pretrained(model)
         mode = "L" if getattr(base.config, "num_channels", 3) == 1 else "RGB"
         return ImageCollator(encode, columns["image"], mode)
-    encode = transformers.AutoTokenizer.from_pretrained(model)
-    if encode.pad_token_id is None:
-        if encode.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer of model '{job.model}' has neither a padding nor an end token; it needs one"
-            )
-        encode.pad_token = encode.eos_token
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = encode.pad_token_id  # sequence classifiers find the last real token by it
+    encode = load_tokenizer(model, base)
     limits = (job.data.max_length, encode.model_max_length, getattr(base.config, "max_position_embeddings", None))
-    length = min(limit for limit in limits if limit)
+    length = min(limit for limit in limits if limit and limit > 0)  # XLNet, which has no limit, says -1
     if job.task == "text-classification":
         return TextCollator(encode, columns["text"], columns.get("text_pair"), length)
     return CausalCollator(encode, columns["text"], columns.get("prompt"), length)
+
+
+def load_tokenizer(model: str, base: transformers.PreTrainedModel) -> Any:
+    """The tokenizer of a hub id or a folder; it and the base's config have a padding token afterwards."""
+    encode = transformers.AutoTokenizer.from_pretrained(model)
+    if encode.pad_token_id is None:
+        if encode.eos_token_id is None:
+            raise ValueError(f"the tokenizer of model '{model}' has neither a padding nor an end token; it needs one")
+        encode.pad_token = encode.eos_token
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = encode.pad_token_id  # sequence classifiers find the last real token by it
+    return encode
 
 
 class ImageCollator:
@@ -188,7 +192,10 @@ class TextCollator:
 
 
 class CausalCollator:
-    """Texts with an end token → token ids and labels; a prompt before the text is read but not learned."""
+    """Texts with an end token → token ids and labels; a prompt before the text is read but not learned.
+
+    What is too long loses the beginning of its prompt, then its end: there is always something to learn.
+    """
 
     def __init__(self, encode: Any, text: str, prompt: str | None, max_length: int) -> None:
         self.encode, self.text, self.prompt, self.max_length = encode, text, prompt, max_length
@@ -206,9 +213,9 @@ class CausalCollator:
     def _example(self, row: dict) -> tuple[list[int], list[int]]:
         prompt = self.encode(row[self.prompt])["input_ids"] if self.prompt else []
         text = self.encode(row[self.text], add_special_tokens=not prompt)["input_ids"]
-        end = [] if self.encode.eos_token_id is None else [self.encode.eos_token_id]
-        ids = (prompt + text + end)[: self.max_length]
-        return ids, ([IGNORED] * len(prompt) + text + end)[: self.max_length]
+        answer = text if self.encode.eos_token_id is None else [*text, self.encode.eos_token_id]
+        prompt = prompt[-max(self.max_length - len(answer), 1) :]
+        return (prompt + answer)[: self.max_length], ([IGNORED] * len(prompt) + answer)[: self.max_length]
 
 
 @contextmanager
