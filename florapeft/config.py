@@ -120,6 +120,8 @@ class FloraConfig(PeftConfig):
     # far its batches agreed.
     gradient_bases = None
     gradient_agreement = None
+    # Nor this: whether an adapter that is attached with it has yet to get its values, from the file this was read from.
+    awaits_values = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,6 +211,13 @@ class FloraConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which is None")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> FloraConfig:
+        """As PEFT's; an adapter that is attached with the result waits for its values."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.awaits_values = True
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets as sorted lists, so that equal configurations are saved as equal files."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
@@ -113,6 +114,12 @@ class FloraModel(BaseTuner):
                 "florapeft.initialize_from_gradients was not called",
             )
         config.gradient_bases = None  # they have served
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for name, config in self.peft_config.items():
+            if name in self.active_adapters and not inference_mode:
+                config.awaits_values = False  # it can be trained from now on
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
         if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
@@ -336,7 +343,13 @@ class FloraModel(BaseTuner):
         )
         expected = {key: value for key, value in state.items() if key.startswith(own)}
         others = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        check_state_dict(remapped, expected, others, adapter_name)
+        try:
+            check_state_dict(remapped, expected, others, adapter_name)
+        except ValueError:
+            if config.awaits_values and isinstance(model, PeftModel):
+                model.delete_adapter(adapter_name)  # or it would be there, untrained, and in the way of the right file
+            raise
+        config.awaits_values = False
         forget_warning(module for module in model.modules() if isinstance(module, FloraLayer))
         return remapped | under_other_names(remapped, model)
 

@@ -353,6 +353,33 @@ class TestOtherFiles:
             state = get_peft_model_state_dict(model, adapter_name=name)
             assert all(torch.equal(state[key], value) for key, value in tensors.items())
 
+    @pytest.mark.parametrize("is_trainable", [False, True])
+    def test_a_failed_load_leaves_no_adapter(self, is_trainable, tmp_path):
+        get_peft_model(build(width=16), config()).save_pretrained(tmp_path / "of another base")
+        get_peft_model(build(), config(r=2, rank_pattern={})).save_pretrained(tmp_path / "right")
+        model = get_peft_model(build(), config())
+        with pytest.raises(ValueError, match=r"adapter 'other' does not fit this model: .* for another base model"):
+            model.load_adapter(tmp_path / "of another base", "other", is_trainable=is_trainable)
+        assert list(model.peft_config) == ["default"]
+        assert not any(".other." in key for key in model.state_dict())
+        model.load_adapter(tmp_path / "right", "other", is_trainable=is_trainable)
+        assert model.base_model.model["linear"].tucker("other").rank == (2, 2)
+
+    def test_a_failed_load_leaves_adapters_that_were_there(self, saved, tmp_path):
+        folder, _ = saved
+        get_peft_model(build(width=16), config()).save_pretrained(tmp_path / "of another base")
+        model = get_peft_model(build(), config())
+        model.add_adapter("untrained", config())
+        model.load_adapter(folder, "loaded")
+        model.add_adapter("trained", FloraConfig.from_pretrained(folder))
+        model.set_adapter("trained")
+        model.set_adapter("default")
+        for name in ("untrained", "loaded", "trained"):
+            with pytest.raises(ValueError, match="does not fit this model"):
+                model.load_adapter(tmp_path / "of another base", name)
+            assert name in model.peft_config
+            assert f"base_model.model.linear.flora_core.{name}.weight" in model.state_dict()
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_other_floating_dtypes_are_fine(self, dtype, saved):
         folder, tensors = saved
