@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from florapeft.cli._app import app
 from florapeft.train import comparison
+from florapeft.train.digits import BUILTIN_SETTINGS
 
 
 def flora(*arguments, code=0):
@@ -56,6 +57,21 @@ def test_builtin_job_fails_if_the_reloaded_adapter_is_not_equal(tmp_path, monkey
     stdout, stderr = flora("train", "seeds=[0]", "max_steps=1", f"output={tmp_path}/o", code=1)
     assert "(NOT EQUAL)" in stdout
     assert stderr.endswith("error: the adapter, reloaded from disk, is not as accurate as it was; see results.json\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter.budget=0.05"], {"budget": 0.05}),
+        (["adapter.r=null", "adapter.budget=2000", "seeds=null"], {"budget": 2000}),
+        (["adapter.r=2"], {"r": 2}),
+    ],
+)
+def test_ranks_of_the_builtin_job_can_be_replaced(overrides, expected):
+    settings, _ = comparison._settings(overrides)
+    rest = {key: value for key, value in BUILTIN_SETTINGS["adapter"].items() if key != "r"}
+    assert settings.adapter == {**rest, **expected}
+    assert settings.seeds == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

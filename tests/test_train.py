@@ -75,6 +75,10 @@ def test_defaults_of_a_job():
         (["train.output_dir=x"], "train: 'output_dir' cannot be set here: use the job's own `output`"),
         (["adapter.rank=4"], "adapter: FloraConfig has no field 'rank'; did you mean 'ranks'?"),
         (["adapter.task_type=CAUSAL_LM"], "adapter: 'task_type' cannot be set here: it follows from the job"),
+        (["adapter.r=8", "adapter.budget=0.3"], "adapter: budget=0.3 and r=8 contradict each other: a budget chooses"),
+        (["adapter={budget: 9, rank_pattern: {a: 2}}"], "adapter: budget=9 and rank_pattern={'a': 2} contradict each"),
+        (["adapter.rnk=null"], "adapter: FloraConfig has no field 'rnk'"),
+        (["adapter.budget=0", "adapter.r=4"], "adapter: budget as a count must be at least 1, got 0"),
         (["labels=pos"], "labels must be a list of class names, got 'pos'"),
         (["adapter=8"], "adapter must be a group of keys, got 8"),
     ],
@@ -84,6 +88,34 @@ def test_job_errors(changes, message):
         job.parse_job(job.apply_overrides(dict(GOOD), changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "expected"),
+    [
+        ({"r": 16, "rank_pattern": {"a": 2}, "scale": 2.0}, ["adapter.budget=0.3"], {"scale": 2.0, "budget": 0.3}),
+        ({"r": 8}, ["adapter.budget=0.3"], {"budget": 0.3}),
+        ({"ranks": {"a": [1, 1]}}, ["adapter.budget=900"], {"budget": 900}),
+        ({"budget": 0.3, "allocation": "spectrum"}, ["adapter.r=4"], {"r": 4}),
+        ({"ranks": {"a": [1, 1]}}, ["adapter.r=4"], {"r": 4}),
+        ({"r": 4, "budget": None}, ["adapter.rank_pattern={a: 2}"], {"r": 4, "rank_pattern": {"a": 2}}),
+        ({"budget": 0.3}, ["adapter.rank_pattern={a: 2}"], {"rank_pattern": {"a": 2}}),
+        ({"r": 4, "budget": 9}, ["adapter.ranks={a: [1, 1]}"], {"ranks": {"a": [1, 1]}}),
+        ({"r": 16}, ["adapter.budget=0.3", "adapter.r=null"], {"budget": 0.3}),
+        ({"r": 16}, ["adapter.r=null"], {"budget": 0.01}),
+        ({"r": 16, "kernel_r": 2}, ["adapter={budget: 0.3}"], {"budget": 0.3}),
+        ({"budget": 0.3}, ["adapter.scale=2.0"], {"budget": 0.3, "scale": 2.0}),
+        ({"r": 16, "modules_to_save": None}, ["adapter.budget=null"], {"r": 16}),
+    ],
+)
+def test_ranks_on_the_command_line_replace_those_of_the_file(adapter, changes, expected, tmp_path):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**GOOD, "adapter": adapter}))
+    assert job.load_job(tmp_path / "job.yaml", changes).adapter == expected
+
+
+def test_a_key_that_is_null_counts_as_not_given():
+    changes = ["train.learning_rate=null", "train.seed=null", "labels=null", "data.holdout="]
+    assert job.parse_job(job.apply_overrides({**GOOD, "data": {"path": "d.csv"}}, changes)) == job.parse_job(GOOD)
 
 
 def test_local_paths_are_saved_in_full(tmp_path, monkeypatch):

@@ -19,8 +19,8 @@ from torch import nn
 
 from florapeft import FloraConfig
 from florapeft.train.digits import BUILTIN_SETTINGS, DigitsTask, builtin_model_path, load_digits_task
-from florapeft.train.job import apply_overrides, check_adapter_fields, closest
-from florapeft.train.model import find_heads, muted
+from florapeft.train.job import adapter_fields, apply_overrides, closest
+from florapeft.train.model import find_heads, load_pretrained, muted
 from florapeft.train.record import commit, versions
 from florapeft.train.run import check_finite, count_parameters
 from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, first_free, prepare_output, write_json
@@ -90,9 +90,9 @@ def run_builtin(
 
 def load_network(path: str, labels: Sequence[str]) -> transformers.PreTrainedModel:
     """The pretrained network with a new head for `labels`, drawn from torch's current random state."""
-    model = transformers.AutoModelForImageClassification.from_pretrained(
+    model = load_pretrained(
+        transformers.AutoModelForImageClassification,
         path,
-        use_safetensors=True,
         ignore_mismatched_sizes=True,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
@@ -271,6 +271,7 @@ def _settings(overrides: Sequence[str]) -> tuple[Settings, bool]:
                 f"the built-in job has no key '{key}'{closest(key, _KEYS)} (known: {known}); "
                 "for a job of your own give a job file"
             )
+    values = {key: value for key, value in values.items() if value is not None}
     seeds = values.get("seeds", [0, 1, 2])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"seeds must be a list of whole numbers such as [0,1,2], got {seeds!r}")
@@ -279,6 +280,6 @@ def _settings(overrides: Sequence[str]) -> tuple[Settings, bool]:
     max_steps = values.get("max_steps", -1)
     if not isinstance(max_steps, int):
         raise ValueError(f"max_steps must be a whole number, got {max_steps!r}")
-    check_adapter_fields(values["adapter"], "adapter")
+    adapter = adapter_fields(values.get("adapter"), "adapter")
     output = str(values.get("output", DEFAULT_OUTPUT))
-    return Settings(Path(output), seeds, max_steps, values["adapter"]), "output" not in values
+    return Settings(Path(output), seeds, max_steps, adapter), "output" not in values

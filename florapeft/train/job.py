@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ TRAIN_DEFAULTS = {"learning_rate": 1e-3, "logging_steps": 10, "save_strategy": "
 # Of a job that says nothing of its adapter's ranks, and what chooses ranks and start where there is a budget
 # (docs/evidence.md says why).
 BUDGET, GRADIENT_BATCHES = 0.01, 8
+# Which of the adapter's fields a field replaces that is changed on the command line: both say the ranks.
+REPLACES = {
+    "budget": ("r", "ranks", "rank_pattern"),
+    "r": ("budget", "allocation", "ranks"),
+    "rank_pattern": ("budget", "allocation", "ranks"),
+    "ranks": ("budget", "allocation", "r", "rank_pattern"),
+}
 # Fields of TrainingArguments that this code sets, with where to say it instead.
 TRAIN_RESERVED = {
     "output_dir": "use the job's own `output`",
@@ -31,6 +38,8 @@ TRAIN_RESERVED = {
     "remove_unused_columns": "columns are chosen by `data.columns`",
     "label_names": "columns are chosen by `data.columns`",
 }
+# The same of FloraConfig.
+ADAPTER_RESERVED = dict.fromkeys(("task_type", "inference_mode", "peft_type"), "it follows from the job")
 
 
 def closest(word: str, words: Iterable[str]) -> str:
@@ -122,7 +131,21 @@ def split_override(override: str) -> tuple[list[str], Any]:
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Sets dotted keys in nested mappings, in place; later overrides win. Returns `mapping`."""
+    """Sets dotted keys of a job in nested mappings, in place; later overrides win. Returns `mapping`.
+
+    Where the overrides say the adapter's ranks, what `mapping` says of them in another way (`REPLACES`) is dropped.
+    """
+    _set(mapping, overrides)
+    changed = _set({}, overrides).get("adapter")
+    if isinstance(changed, dict):
+        for key, others in REPLACES.items():
+            for other in others:
+                if changed.get(key) and other not in changed:
+                    mapping["adapter"].pop(other, None)
+    return mapping
+
+
+def _set(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         keys, value = split_override(override)
         place = mapping
@@ -163,16 +186,13 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
             raise ValueError(f"{where}: {key} must be a text, got {_kind(values[key])}")
     data = {"path": values["data"]} if isinstance(values["data"], str) else values["data"]
     values["data"] = _data_spec(data, task, f"{where}: data")
-    for key in ("adapter", "train"):
-        values[key] = dict(_group(values.get(key) or {}, f"{where}: {key}"))
+    values["adapter"] = adapter_fields(values.get("adapter"), f"{where}: adapter")
+    values["train"] = {**TRAIN_DEFAULTS, **train_fields(values.get("train"), f"{where}: train")}
     if values.get("labels") is not None:
         if not isinstance(values["labels"], list):
             raise ValueError(f"{where}: labels must be a list of class names, got {_kind(values['labels'])}")
         values["labels"] = [str(label) for label in values["labels"]]
     complete_ranks(values, where)
-    values["train"] = {**TRAIN_DEFAULTS, **values["train"]}
-    check_train_fields(values["train"], f"{where}: train")
-    check_adapter_fields(values["adapter"], f"{where}: adapter")
     values["model"] = _absolute(values["model"])
     return Job(**values)
 
@@ -198,36 +218,49 @@ def complete_ranks(values: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: warmup_head is for a new head, and task causal-lm has none")
 
 
-def check_train_fields(train: Mapping[str, Any], where: str) -> None:
-    """Unknown, reserved and mistyped TrainingArguments fields are errors."""
+def train_fields(mapping: Any, where: str) -> dict[str, Any]:
+    """What a job's `train` gives (null gives nothing): TrainingArguments fields, checked as far as their types go."""
     from transformers import TrainingArguments
 
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    for key, value in train.items():
-        if key in TRAIN_RESERVED:
-            raise ValueError(f"{where}: '{key}' cannot be set here: {TRAIN_RESERVED[key]}")
-        if key not in fields:
-            raise ValueError(f"{where}: TrainingArguments has no field '{key}'{closest(key, fields)}")
+    given = _given(mapping, fields, TRAIN_RESERVED, "TrainingArguments", where)
+    for key, value in given.items():
         expected = fields[key].type
         accepts = {int: int, float: (int, float), bool: bool}.get(expected)
         if accepts and (not isinstance(value, accepts) or (isinstance(value, bool) and expected is not bool)):
             raise ValueError(f"{where}: {key} must be {_TYPE_NAMES[expected]}, got {value!r}")
+    return given
 
 
-def check_adapter_fields(adapter: Mapping[str, Any], where: str) -> None:
-    """Unknown FloraConfig fields are errors, and values that FloraConfig refuses, before anything is written."""
+def adapter_fields(mapping: Any, where: str) -> dict[str, Any]:
+    """What a job's `adapter` gives (null gives nothing): FloraConfig fields, with values that FloraConfig accepts."""
     from florapeft import FloraConfig
 
     fields = {field.name for field in dataclasses.fields(FloraConfig) if field.init}
-    for key in adapter:
-        if key in ("task_type", "inference_mode", "peft_type"):
-            raise ValueError(f"{where}: '{key}' cannot be set here: it follows from the job")
-        if key not in fields:
-            raise ValueError(f"{where}: FloraConfig has no field '{key}'{closest(key, fields)}")
+    given = _given(mapping, fields, ADAPTER_RESERVED, "FloraConfig", where)
+    for key in ("r", "rank_pattern"):  # FloraConfig itself cannot tell an r that is its default from none
+        if given.get("budget") and given.get(key) and not given.get("ranks"):
+            raise ValueError(
+                f"{where}: budget={given['budget']} and {key}={given[key]} contradict each other: "
+                "a budget chooses the ranks, give one"
+            )
     try:
-        FloraConfig(**adapter)
+        FloraConfig(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+    return given
+
+
+def _given(
+    mapping: Any, fields: Collection[str], reserved: Mapping[str, str], owner: str, where: str
+) -> dict[str, Any]:
+    """The keys of a group that are not null; all must be `fields` of `owner` that are not `reserved`."""
+    for key in (group := _group(mapping or {}, where)):
+        if key in reserved:
+            raise ValueError(f"{where}: '{key}' cannot be set here: {reserved[key]}")
+        if key not in fields:
+            raise ValueError(f"{where}: {owner} has no field '{key}'{closest(str(key), fields)}")
+    return {key: value for key, value in group.items() if value is not None}
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
