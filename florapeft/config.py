@@ -35,7 +35,8 @@ class FloraConfig(PeftConfig):
             `modules_to_save` are not counted.
         allocation: how a budget is spread without data: "uniform" gives all modes of all targets the same share of
             their size as rank, as nearly as the budget allows; "spectrum" is what `florapeft.allocate` does.
-        ranks: resolved ranks, `{full module name: [r_0, …]}`. Written when a budget is solved; targets that are not
+        ranks: resolved ranks, `{full module name: [r_0, …]}`; an adapter with a budget has them in its own, saved copy
+            of this configuration. Targets that are not
             listed are not adapted. Where it is set, `budget` is only a record.
         scale: the paper's s, a plain multiplier of the update (never divided by a rank).
         flora_dropout: probability of dropping an entry of the adapter's input while training.

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 from peft import PeftModel
@@ -95,7 +96,11 @@ class FloraModel(BaseTuner):
         Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
         """
         _check_adapter_name(adapter_name, model)
-        config = self.peft_config[adapter_name]
+        given = config = self.peft_config[adapter_name]
+        is_open = is_shorthand(config.target_modules) or (config.budget is not None and config.ranks is None)
+        if is_open and not config.inference_mode:
+            # What is resolved holds for this model alone; the given configuration may be attached to another one.
+            config = self.peft_config[adapter_name] = copy(config)
         if not config.inference_mode:
             _warn_of_unmatched(config, model)
         with warnings.catch_warnings():
@@ -113,7 +118,7 @@ class FloraModel(BaseTuner):
                 f"adapter {adapter_name!r} has init_weights='gradient' and trains from the default start: "
                 "florapeft.initialize_from_gradients was not called",
             )
-        config.gradient_bases = None  # they have served
+        given.gradient_bases = config.gradient_bases = None  # they have served
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)

@@ -39,9 +39,24 @@ class TestBudget:
         base = nn.Sequential(nn.Conv2d(32, 32, 5), nn.Conv2d(32, 32, 5))
         ranks = {}
         for kernel_r in (None, 2):
-            config = FloraConfig(budget=0.1, kernel_r=kernel_r, target_modules="all-weights")
-            ranks[kernel_r] = get_peft_model(base, config).unload() and config.ranks["1"][2:]
+            model = get_peft_model(base, FloraConfig(budget=0.1, kernel_r=kernel_r, target_modules="all-weights"))
+            ranks[kernel_r] = model.peft_config["default"].ranks["1"][2:]
+            model.unload()
         assert ranks == {None: [3, 3], 2: [2, 2]}
+
+    def test_one_configuration_serves_several_models(self):
+        config = FloraConfig(budget=200, target_modules="all-weights")
+        before = config.to_dict()
+        for budget in (200, 400):
+            config.budget = budget
+            model = get_peft_model(mlp(), config)
+            assert budget - 51 < model.get_nb_trainable_parameters()[0] <= budget
+            assert model.peft_config["default"].target_modules == {"0", "2"}
+        other = get_peft_model(nn.Sequential(nn.Conv2d(9, 8, 3)), config)
+        assert other.peft_config["default"].ranks.keys() == {"0"}
+        other.add_adapter("second", config)
+        config.budget = 200
+        assert config.to_dict() == before
 
     def test_says_what_it_cannot_spend(self, caplog):
         with caplog.at_level("WARNING", logger="florapeft"):
