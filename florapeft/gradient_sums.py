@@ -236,12 +236,13 @@ def _linear_hook(name: str, add: Callable[[str, Tensor], None]) -> Callable[...,
         if not torch.is_grad_enabled():  # the first run of a checkpointed part
             return output
         x = arguments[0].detach()
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
+        version = x._version
+        output = _with_gradient(output)
 
         def backward(gradient: Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2).float()
-            add(name, rows.mT @ x.flatten(0, -2).float())
+            if x._version != version:
+                raise ValueError(f"no gradient of {name}: the layer's input was changed in place after its use")
+            add(name, gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float())
 
         output.register_hook(backward)
         return output
@@ -256,11 +257,16 @@ def _input_hooks(model: nn.Module) -> list[Any]:
     except (AttributeError, NotImplementedError):
         return []
 
-    def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point():
-            output.requires_grad_()
+    def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        begins = torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point()
+        return _with_gradient(output) if begins else output
 
     return [] if embeddings is None else [embeddings.register_forward_hook(hook)]
+
+
+def _with_gradient(output: Tensor) -> Tensor:
+    """The same numbers, with a gradient; no leaf, for a model may change them in place."""
+    return output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:

@@ -226,6 +226,23 @@ class TestPass:
         for name in weights:
             torch.testing.assert_close(run[0][name].value.core, run[1][name].value.core)
 
+    def test_what_the_embeddings_give_may_be_changed_in_place(self):
+        class Scaled(nn.Module):  # as CTRL does it
+            def __init__(self):
+                super().__init__()
+                self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+                self.get_input_embeddings = lambda: self.embed
+
+            def forward(self, ids):
+                x = self.embed(ids)
+                x *= 6**0.5
+                return self.head(x)
+
+        model, ids = Scaled(), torch.arange(6)
+        found = gradient_sums(model, {"": Weight(model.head, "weight")}, [ids], lambda m, x: m(x).square().sum())
+        model(ids).square().sum().backward()
+        torch.testing.assert_close(found[""].value.core, model.head.weight.grad)
+
     def test_autocast(self):
         model = net()
 
@@ -256,6 +273,33 @@ class TestPass:
         ]
         for name in ("0", "2"):
             torch.testing.assert_close(sums[0][name].value.core, sums[1][name].value.core, rtol=1e-3, atol=1e-3)
+
+    def quantized(self, monkeypatch, model):
+        """Stands in for a quantised layer: the weight of this linear layer has no gradient."""
+        monkeypatch.setattr("florapeft.gradient_sums.quantized_as", lambda module: "4bit")
+        monkeypatch.setattr("florapeft.gradient_sums.quantization_backend", lambda module: None)
+        monkeypatch.setattr("florapeft.gradient_sums.weight_shape", lambda module: tuple(module.weight.shape))
+        return {"lin": Weight(model[0], "weight")}
+
+    def test_what_a_quantized_layer_gives_may_be_changed_in_place(self, monkeypatch):
+        model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True)), torch.randn(5, 6)
+        found = gradient_sums(model, self.quantized(monkeypatch, model), [x], lambda model, x: model(x).sum())
+        model(x).sum().backward()
+        torch.testing.assert_close(found["lin"].value.core, model[0].weight.grad)
+
+    def test_what_a_quantized_layer_was_given_may_not(self, monkeypatch):
+        model = nn.Sequential(nn.Linear(4, 4))
+        weights = self.quantized(monkeypatch, model)
+
+        def changed(model, x):
+            y = model(x)
+            x += 1
+            return y.sum()
+
+        with pytest.raises(
+            ValueError, match="no gradient of lin: the layer's input was changed in place after its use"
+        ):
+            gradient_sums(model, weights, [torch.randn(5, 4)], changed)
 
 
 class TestSum:
