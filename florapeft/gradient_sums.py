@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed
 from peft.utils.quantization_utils import Bnb4bitBackend
 from torch import Tensor, nn
 
+from florapeft.contract import without_autocast
 from florapeft.kinds import quantized_as, weight_shape
 from florapeft.layer import FloraLayer, parameter_shape, quantization_backend, stop_repacking, weight_of
 from florapeft.rank import count_parameters
@@ -47,11 +50,12 @@ class GradientSum:
     Attributes:
         value: the sum, a tensor or with orthonormal factors; None while there is none.
         lost: the energy that compression has taken from it.
-        count: of gradients.
-        energies: the sum of the gradients' energies.
+        count: of batches that had a gradient.
+        energies: the sum of the energies of the batches' gradients.
     """
 
     def __init__(self, shape: Sequence[int], rank: Sequence[int] | None = None) -> None:
+        self.shape = tuple(shape)
         least = rank or [1] * len(shape)
         self.kept = tuple(min(d, max(r, _DIRECTIONS)) for d, r in zip(shape, least, strict=True))
         self.is_compressed = 2 * count_parameters(shape, self.kept) < prod(shape)
@@ -59,16 +63,43 @@ class GradientSum:
         self.lost = 0.0
         self.count = 0
         self.energies = 0.0
+        self._start: tuple[Tucker | None, float, float] | None = None  # value, lost, energies before this batch
 
     def add(self, gradient: Tensor) -> None:
-        total = gradient.to_dense() if gradient.is_sparse else gradient
-        total = total.float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        self.count += 1
-        self.energies += float(torch.linalg.vector_norm(total)) ** 2
-        if self.value is not None:
-            total = total + self.value.to_tensor()
+        """Add the gradient of this batch, or one of several parts, where backward passes the weight more than once."""
+        with without_autocast(gradient.device.type):
+            total = (gradient.to_dense() if gradient.is_sparse else gradient).float()
+            energy = _energy(total)
+            if self.value is not None:
+                total = total + self.value.to_tensor()
+            if self._start is None:
+                self._start = self.value, self.lost, self.energies
+            else:  # of the parts together: what the sum has grown by, with what compression has taken of it so far
+                value, lost, _ = self._start
+                energy = _energy(total if value is None else total - value.to_tensor()) + self.lost - lost
+            self.energies = self._start[2] + energy
+            self._keep(total)
+
+    def end_batch(self) -> None:
+        """What was added since the last call was the gradient of one batch, if anything was."""
+        if self._start is not None:
+            self.count, self._start = self.count + 1, None
+
+    def add_processes(self, device: torch.device) -> None:
+        """Add the sums of the other processes of a distributed job, all of which call this for the same weight."""
+        facts = torch.tensor([self.count, self.energies, self.lost], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(facts)
+        count, self.energies, self.lost = facts.tolist()
+        self.count = int(count)
+        if self.count:
+            with without_autocast(device.type):
+                total = torch.zeros(self.shape, device=device) if self.value is None else self.value.to_tensor()
+                total = total.contiguous()
+                torch.distributed.all_reduce(total)
+                self._keep(total)
+
+    def _keep(self, total: Tensor) -> None:
+        """Let `total` be the value, compressed if that saves enough."""
         if not self.is_compressed:
             self.value = Tucker(total, (None,) * total.ndim)
             return
@@ -80,10 +111,11 @@ class GradientSum:
         self.value = Tucker(core, tuple(factors))
 
     def agreement(self) -> float | None:
-        """The share of the sum's energy that is the gradients' common part; None of fewer than two gradients.
+        """The share of the sum's energy that is the gradients' common part; None of fewer than two batches.
 
         Of n gradients, a mean `m` plus independent noise, `‖sum‖² - Σ‖g‖²` has the expectation `n (n - 1) ‖m‖²`, and
-        the common part of the sum the energy `n² ‖m‖²`. An estimate: at most 1, near or below 0 for noise.
+        the common part of the sum the energy `n² ‖m‖²`. An estimate: at most 1, near or below 0 for noise; what
+        compression has taken counts as noise.
         """
         energy = float(self.value.core.double().square().sum()) + self.lost
         if self.count < 2 or not energy:
@@ -93,7 +125,7 @@ class GradientSum:
     def spectra(self) -> list[list[float]]:
         """Per mode the squared singular values of the unfolding; what compression has lost is spread over the rest."""
         spectra = []
-        for mode, (size, kept) in enumerate(zip(self.value.shape, self.value.rank, strict=True)):
+        for mode, (size, kept) in enumerate(zip(self.shape, self.value.rank, strict=True)):
             spectrum = mode_energies(self.value.core, mode).tolist()
             if kept < size:
                 spectrum += [0.0] * (kept - len(spectrum)) + [self.lost / (size - kept)] * (size - kept)
@@ -105,15 +137,16 @@ class GradientSum:
     def bases(self, rank: Sequence[int]) -> tuple[Tensor | None, ...]:
         """For every mode that is not whole the `r` leading directions of the sum, orthonormal, of shape `(d, r)`."""
         core, factors = self.value
-        inner = hosvd(core, [min(r, kept) for r, kept in zip(rank, core.shape, strict=True)]).factors
         found: list[Tensor | None] = []
-        for size, r, outer, turned in zip(self.value.shape, rank, factors, inner, strict=True):
-            if r == size:
-                found.append(None)
-            elif outer is None:
-                found.append(turned)
-            else:
-                found.append(_completed(outer if turned is None else outer @ turned, r))
+        with without_autocast(core.device.type):
+            inner = hosvd(core, [min(r, kept) for r, kept in zip(rank, core.shape, strict=True)]).factors
+            for size, r, outer, turned in zip(self.shape, rank, factors, inner, strict=True):
+                if r == size:
+                    found.append(None)
+                elif outer is None:
+                    found.append(turned)
+                else:
+                    found.append(_completed(outer if turned is None else outer @ turned, r))
         return tuple(found)
 
 
@@ -128,6 +161,8 @@ def gradient_sums(
 
     Adapters of ours are passed by. Modules are in eval mode, but for those that checkpoint their activations, which do
     so in train mode alone; random numbers are the same in every pass. Every gradient is freed as soon as it is added.
+    In a distributed job every process calls this with the same weights and with batches of its own, as many as it has;
+    all get the sums over all of them.
 
     Args:
         model: the model, with or without adapters.
@@ -141,7 +176,7 @@ def gradient_sums(
 
     Raises:
         TypeError, ValueError: no batch; a loss that is not one finite number, or on which no weight has an influence;
-            a gradient that is not finite. The message says where.
+            a gradient that is not finite; processes with different weights. The message says where.
     """
     sums = {name: GradientSum(_shape(weight), (ranks or {}).get(name)) for name, weight in weights.items()}
     count = 0
@@ -162,7 +197,11 @@ def gradient_sums(
             if not value.requires_grad:
                 raise ValueError("no weight to adapt has an influence on the loss, which has no gradient")
             value.backward()
+            for total in sums.values():
+                total.end_batch()
             count += 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = _add_processes(sums, weights, count)
     if count == 0:
         raise ValueError("a gradient pass needs at least one batch, and there is none: batches may be used up already")
     found = {name: total for name, total in sums.items() if total.value is not None}
@@ -171,6 +210,27 @@ def gradient_sums(
     if missing := [name for name in sums if name not in found]:
         logger.warning(f"no gradient reached {len(missing)} of {len(sums)} weights to adapt, as {missing[0]}")
     return found
+
+
+def _add_processes(sums: Mapping[str, GradientSum], weights: Mapping[str, Weight], count: int) -> int:
+    """Add up the sums of all processes, weight by weight, and return the number of all their batches.
+
+    Only now: gradients come in the order in which each process's data reach the weights, which may differ.
+    """
+    devices = [next(chain(w.module.parameters(), w.module.buffers())).device for w in weights.values()]
+    facts = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.int64, device=devices[0])
+    facts[torch.distributed.get_rank(), 0] = crc32(repr([(name, total.shape) for name, total in sums.items()]).encode())
+    facts[torch.distributed.get_rank(), 1] = count
+    torch.distributed.all_reduce(facts)
+    codes, counts = facts.T.tolist()
+    if others := [process for process, code in enumerate(codes) if code != codes[0]]:
+        raise ValueError(
+            f"processes 0 and {others[0]} have different weights to adapt, this one {len(sums)}, of which the first is "
+            f"{next(iter(sums))}: every process of the job needs the same model and configuration"
+        )
+    for total, device in zip(sums.values(), devices, strict=True):
+        total.add_processes(device)
+    return sum(counts)
 
 
 @contextmanager
@@ -242,7 +302,8 @@ def _linear_hook(name: str, add: Callable[[str, Tensor], None]) -> Callable[...,
         def backward(gradient: Tensor) -> None:
             if x._version != version:
                 raise ValueError(f"no gradient of {name}: the layer's input was changed in place after its use")
-            add(name, gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float())
+            with without_autocast(x.device.type):
+                add(name, gradient.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float())
 
         output.register_hook(backward)
         return output
@@ -273,6 +334,10 @@ def _shape(weight: Weight) -> tuple[int, ...]:
     if quantized_as(weight.module) is not None:
         return weight_shape(weight.module)
     return parameter_shape(weight_of(weight.module, weight.name))
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _leading_directions(matrix: Tensor, count: int) -> Tensor:

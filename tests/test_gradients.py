@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from florapeft import FloraConfig, allocate, initialize_from_gradients, plan
 from florapeft.gradient_sums import GradientSum, Weight, gradient_sums
@@ -191,16 +194,6 @@ class TestPass:
         assert sums.keys() == {"lin"}
         assert caplog.messages == [f"no gradient reached {len(NAMES) - 1} of {len(NAMES)} weights to adapt, as embed"]
 
-    def test_every_process_adds_the_gradients_of_all(self, monkeypatch):
-        """Here of two processes that have the same batches."""
-        model = net()
-        alone = gradient_sums(model, self.weights(model), batches(), loss)
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))
-        both = gradient_sums(model, self.weights(model), batches(), loss)
-        for name, found in alone.items():
-            torch.testing.assert_close(both[name].value.core, 2 * found.value.core)
-
     def test_a_weight_in_two_targets(self):
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
         model[1].weight = model[0].weight
@@ -225,6 +218,29 @@ class TestPass:
         assert len(calls) == 2  # once more in the backward pass
         for name in weights:
             torch.testing.assert_close(run[0][name].value.core, run[1][name].value.core)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_a_layer_used_more_than_once_has_one_gradient_a_batch(self, reentrant):
+        layer = nn.Linear(8, 8)
+        layer.gradient_checkpointing = True
+        given = [torch.randn(4, 8) for _ in range(3)]
+
+        def repeated(model, x):
+            x = x.clone().requires_grad_()
+            for _ in range(4):
+                x = checkpoint(lambda x: torch.relu(model(x)) + x, x, use_reentrant=reentrant)
+            return x.square().mean()
+
+        found = gradient_sums(layer, {"": Weight(layer, "weight")}, given, repeated)[""]
+        alone = [gradient_sums(layer, {"": Weight(layer, "weight")}, [x], repeated)[""] for x in given]
+        assert [total.count for total in (found, *alone)] == [3, 1, 1, 1]
+        assert alone[0].agreement() is None
+        plain = GradientSum((8, 8))
+        for total in alone:
+            plain.add(total.value.core)
+            plain.end_batch()
+        torch.testing.assert_close(found.value.core, plain.value.core)
+        assert found.agreement() == pytest.approx(plain.agreement(), abs=1e-4)
 
     def test_what_the_embeddings_give_may_be_changed_in_place(self):
         class Scaled(nn.Module):  # as CTRL does it
@@ -256,6 +272,29 @@ class TestPass:
             assert sums[name].value.core.dtype == torch.float32
             assert F.cosine_similarity(sums[name].value.core.flatten(), exact[name].value.core.flatten(), dim=0) > 0.95
 
+    def test_autocast_around_it(self):
+        """Of large weights, whose sums are compressed."""
+        model = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 4))
+        given = [torch.randn(8, 600) for _ in range(2)]
+        config = FloraConfig(budget=0.2, init_weights="gradient", target_modules="all-weights")
+        around, inside = torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.bfloat16)
+
+        def half(model, x):
+            with inside:
+                return model(x).float().square().sum()
+
+        expected = allocate(model, config, given, half)
+        with around:
+            solved = allocate(model, config, given, half)
+            initialize_from_gradients(
+                get_peft_model(copy.deepcopy(model), FloraConfig(r=4, target_modules="all-weights")), given, half
+            )
+        assert solved.ranks == expected.ranks
+        assert solved.gradient_agreement == expected.gradient_agreement
+        for name, bases in expected.gradient_bases.items():
+            for basis, exact in zip(solved.gradient_bases[name], bases, strict=True):
+                assert basis is exact is None or torch.equal(basis, exact)
+
     def test_quantized(self):
         bnb = pytest.importorskip("bitsandbytes")
         plain = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 64, bias=False))
@@ -281,6 +320,13 @@ class TestPass:
         monkeypatch.setattr("florapeft.gradient_sums.weight_shape", lambda module: tuple(module.weight.shape))
         return {"lin": Weight(model[0], "weight")}
 
+    def test_quantized_under_autocast(self, monkeypatch):
+        model, x = nn.Sequential(nn.Linear(6, 4, bias=False)), torch.randn(5, 6)
+        weights = self.quantized(monkeypatch, model)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradient_sums(model, weights, [x], lambda model, x: model(x).float().sum())
+        torch.testing.assert_close(found["lin"].value.core, x.sum(0).expand(4, 6))
+
     def test_what_a_quantized_layer_gives_may_be_changed_in_place(self, monkeypatch):
         model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True)), torch.randn(5, 6)
         found = gradient_sums(model, self.quantized(monkeypatch, model), [x], lambda model, x: model(x).sum())
@@ -302,6 +348,97 @@ class TestPass:
             gradient_sums(model, weights, [torch.randn(5, 4)], changed)
 
 
+class TestProcesses:
+    """Of a distributed job; here threads, which meet at every reduction."""
+
+    @pytest.fixture
+    def on_each(self, monkeypatch):
+        own, meeting, given = threading.local(), threading.Barrier(2, timeout=20), [None, None]
+
+        def all_reduce(total):
+            given[own.rank] = total.clone()
+            meeting.wait()
+            total.copy_(given[0] + given[1])
+            meeting.wait()
+
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: hasattr(own, "rank"))
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: own.rank)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+        def run(work):
+            def process(rank):
+                own.rank = rank
+                return work(rank)
+
+            with ThreadPoolExecutor(2) as threads:
+                return [future.result() for future in [threads.submit(process, rank) for rank in range(2)]]
+
+        return run
+
+    @pytest.fixture
+    def experts(self):
+        model = nn.ModuleList([nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(700, 600)])
+        return model, {str(n): Weight(model[n], "weight") for n in range(3)}
+
+    @staticmethod
+    def routed(model, batch):
+        """Two small experts, to one of which the data go, and a large layer, before or after."""
+        expert, x = batch
+        wide = model[2](x.repeat(1, 117)[:, :700])
+        if expert:
+            return (model[1](x).sum() * wide.mean()).square()
+        return (model[0](wide[:, :6]) * x).sum()
+
+    @pytest.mark.parametrize("routes", [([0, 1], [1, 0]), ([0, 0], [1, 1]), ([0, 1, 1], [0]), ([0, 1], [])])
+    def test_all_get_the_sums_over_all(self, on_each, experts, routes):
+        model, weights = experts
+        given = [[(expert, torch.randn(4, 6)) for expert in route] for route in routes]
+        alone = gradient_sums(model, weights, given[0] + given[1], self.routed)
+        models = [copy.deepcopy(model) for _ in routes]
+        both = on_each(
+            lambda rank: gradient_sums(
+                models[rank], {n: Weight(models[rank][int(n)], "weight") for n in weights}, given[rank], self.routed
+            )
+        )
+        for name, expected in alone.items():
+            torch.testing.assert_close(both[0][name].value.to_tensor(), both[1][name].value.to_tensor(), rtol=0, atol=0)
+            torch.testing.assert_close(
+                both[0][name].value.to_tensor(), expected.value.to_tensor(), rtol=1e-4, atol=1e-3
+            )
+            assert {total[name].count for total in both} == {expected.count}
+            assert both[0][name].agreement() == both[1][name].agreement()
+            assert both[0][name].agreement() == pytest.approx(expected.agreement(), abs=1e-3)
+
+    def test_without_any_batch(self, on_each, experts):
+        def attempt(rank):
+            with pytest.raises(ValueError, match="a gradient pass needs at least one batch"):
+                gradient_sums(*experts, [], self.routed)
+
+        on_each(attempt)
+
+    def test_with_different_weights(self, on_each, experts):
+        model, _ = experts
+
+        def attempt(rank):
+            own = copy.deepcopy(model)
+            with pytest.raises(
+                ValueError,
+                match=f"processes 0 and 1 have different weights to adapt, this one 1, of which the first is {rank}: "
+                "every process of the job needs the same model and configuration",
+            ):
+                gradient_sums(
+                    own, {str(rank): Weight(own[rank], "weight")}, [torch.randn(2, 6)], lambda m, x: m[rank](x).sum()
+                )
+
+        on_each(attempt)
+
+
+def add(found, gradient):
+    found.add(gradient)
+    found.end_batch()
+
+
 class TestSum:
     @pytest.mark.parametrize("shape", [(900, 700), (400, 500, 3), (300, 310, 3, 3)])
     def test_compressed_keeps_the_leading_directions(self, shape):
@@ -313,7 +450,7 @@ class TestSum:
         parts = [low(0, 1.0), low(1, 0.3) + 1e-3 * torch.randn(shape)]
         found = GradientSum(shape)
         for part in parts:
-            found.add(part)
+            add(found, part)
         assert found.is_compressed
         assert (
             sum(t.numel() for t in (found.value.core, *found.value.factors) if t is not None)
@@ -331,31 +468,39 @@ class TestSum:
         assert sum(energies) == pytest.approx(total.square().sum().item(), rel=1e-3)
 
     def test_more_directions_than_it_keeps_are_orthonormal_and_always_the_same(self):
-        gradient = torch.randn(400, 300)
-        found = GradientSum((400, 300))
+        gradient = torch.randn(700, 600)
+        found = GradientSum((700, 600))
         found.add(gradient)
-        bases = found.bases((200, 300))
+        bases = found.bases((200, 600))
         torch.testing.assert_close(bases[0].mT @ bases[0], torch.eye(200), atol=1e-4, rtol=0)
         assert bases[1] is None
-        again = GradientSum((400, 300))
+        again = GradientSum((700, 600))
         torch.manual_seed(5)
         again.add(gradient)
-        assert torch.equal(again.bases((200, 300))[0], bases[0])
+        assert torch.equal(again.bases((200, 600))[0], bases[0])
 
-    @pytest.mark.parametrize("shape", [(12, 8, 3, 3), (600, 500)])  # the second is kept compressed
+    @pytest.mark.parametrize("parts", [1, 2])
+    @pytest.mark.parametrize("shape", [(12, 8, 3, 3), (700, 600)])  # the second is kept compressed
     @pytest.mark.parametrize("common", [0.0, 0.5, 1.0])
-    def test_agreement_is_the_share_of_the_common_part(self, shape, common):
+    def test_agreement_is_the_share_of_the_common_part(self, shape, common, parts):
         torch.manual_seed(0)
-        mean, found, n = torch.randn(shape), GradientSum(shape), 16
+        mean, found, n = torch.randn(shape), GradientSum(shape), 12
+        if found.is_compressed:
+            mean = torch.randn(shape[0], 32) @ torch.randn(32, shape[1]) / 32**0.5
         for _ in range(n):  # of the sum's energy, n² c against n (1 - c) n of noise
-            found.add(common**0.5 * mean + ((1 - common) * n) ** 0.5 * torch.randn(shape))
+            gradient = common**0.5 * mean + ((1 - common) * n) ** 0.5 * torch.randn(shape)
+            apart = torch.randn(shape)  # in which the parts of a batch differ
+            for part in [gradient] if parts == 1 else [gradient / 2 + apart, gradient / 2 - apart]:
+                found.add(part)
+            found.end_batch()
+        assert found.count == n
         assert found.agreement() == pytest.approx(common, abs=0.1)
 
     def test_one_gradient_agrees_with_nothing(self):
         found = GradientSum((4, 4))
-        found.add(torch.randn(4, 4))
+        add(found, torch.randn(4, 4))
         assert found.agreement() is None
-        found.add(torch.zeros(4, 4))
+        add(found, torch.zeros(4, 4))
         assert found.agreement() == pytest.approx(0, abs=1e-6)
 
     def test_as_many_directions_as_asked_for(self):

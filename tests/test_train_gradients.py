@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,30 @@ def test_all_batches_where_there_are_fewer(jobs, tmp_path):
     arguments = [*jobs["image-classification"], "gradient_batches=1000", "train.num_train_epochs=1"]
     record = json.loads(flora("train", *arguments, f"output={tmp_path / 'run'}", "--json")[0])
     assert record["gradients"]["batches"] == record["steps"]
+
+
+def test_processes_share_the_batches_out(monkeypatch):
+    monkeypatch.setattr(gradients.peft, "get_peft_model", lambda model, config: model)
+
+    def seen(process, processes):
+        batches = []
+        monkeypatch.setattr(gradients, "initialize_from_gradients", lambda model, given, loss: batches.extend(given))
+        arguments = SimpleNamespace(
+            train_batch_size=4, seed=0, device="cpu", process_index=process, world_size=processes
+        )
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.new_modules = []
+        job = {"task": "causal-lm", "model": "m", "data": "d", "output": "o", "gradient_batches": 3}
+        job = parse_job({**job, "adapter": {"r": 2, "init_weights": "gradient"}})
+        _, facts = gradients.attach_by_gradients(
+            job, model, list(range(20)), sorted, arguments, None, lambda text: None
+        )
+        assert facts["batches"] == 3
+        return batches
+
+    alone = seen(0, 1)
+    assert [seen(process, 2) for process in range(2)] == [alone[::2], alone[1::2]]
+    assert seen(3, 4) == []
 
 
 def test_a_uniform_budget_stays_uniform(jobs, tmp_path):

@@ -59,7 +59,7 @@ def attach_by_gradients(
     loader = torch.utils.data.DataLoader(
         rows, size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(arguments.seed)
     )
-    batches = itertools.islice(loader, count)
+    batches = itertools.islice(loader, arguments.process_index, count, arguments.world_size)
     config, facts = adapter_config(job, base, init_weights="gradient"), {}
     if config.budget is not None and config.ranks is None and job.adapter.get("allocation") != "uniform":
         config = allocate(base, config, batches, _loss)
