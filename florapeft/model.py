@@ -12,8 +12,7 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from florapeft.batch_norm import (
     warn_when_trained,
 )
 from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names
+from florapeft.checks import check_adapter_name, check_modules_to_save, check_nesting, warn_of_unmatched
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
@@ -33,7 +33,6 @@ from florapeft.init import start_from_bases
 from florapeft.kinds import WeightLayer
 from florapeft.layer import FloraLayer, FloraWrapper
 from florapeft.mixed import mixed_batch
-from florapeft.parameters import FloraParameters
 from florapeft.rank import cap_rank, resolve_rank
 from florapeft.support import is_read, places, why_not
 from florapeft.target_ranks import (
@@ -52,7 +51,6 @@ from florapeft.targets import (
     exact_targets,
     find_targets,
     is_shorthand,
-    unmatched_names,
 )
 
 logger = logging.getLogger("florapeft")
@@ -95,17 +93,18 @@ class FloraModel(BaseTuner):
 
         Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
         """
-        _check_adapter_name(adapter_name, model)
+        check_adapter_name(adapter_name, model)
         given = config = self.peft_config[adapter_name]
         is_open = is_shorthand(config.target_modules) or (config.budget is not None and config.ranks is None)
         if is_open and not config.inference_mode:
             # What is resolved holds for this model alone; the given configuration may be attached to another one.
             config = self.peft_config[adapter_name] = copy(config)
         if not config.inference_mode:
-            _warn_of_unmatched(config, model)
+            warn_of_unmatched(config, model)
         with warnings.catch_warnings():
-            # PEFT looks for rank patterns among modules alone; `_prepare_model` does among all targets.
+            # PEFT looks for rank patterns among modules alone, and is silent about one name to exclude beside another.
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="You have passed exclude_modules=")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = self._target_modules
         if config.save_batch_norm:
@@ -149,8 +148,8 @@ class FloraModel(BaseTuner):
     def _prepare_model(self, peft_config: FloraConfig, model: nn.Module) -> None:
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
-        _check_modules_to_save(peft_config, targets)
-        _check_nesting(model, targets, peft_config)
+        check_modules_to_save(peft_config, targets)
+        check_nesting(model, targets, peft_config)
         if peft_config.budget is not None and peft_config.ranks is None:
             budget = budget_in_parameters(model, peft_config.budget)
             peft_config.ranks = solve_budget(targets, peft_config, budget)
@@ -161,9 +160,9 @@ class FloraModel(BaseTuner):
         caps = describe_caps(targets, resolve_ranks(targets, peft_config))
         if caps and not peft_config.inference_mode:
             logger.warning(caps)
-        for field in ("rank_pattern", "scale_pattern"):
+        for field in () if peft_config.inference_mode else ("rank_pattern", "scale_pattern"):
             if unmatched := unmatched_patterns(getattr(peft_config, field), targets):
-                warnings.warn(f"{field} has keys that match no target: {unmatched}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{field} has keys that match no target: {unmatched}", RuntimeWarning, stacklevel=1)
         self._bare_targets = [target for target in targets if target.bare]
         self._target_modules = peft_config.target_modules
         self._places = places(model)
@@ -357,76 +356,6 @@ class FloraModel(BaseTuner):
         config.awaits_values = False
         forget_warning(module for module in model.modules() if isinstance(module, FloraLayer))
         return remapped | under_other_names(remapped, model)
-
-
-def _check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    parts = {*CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
-    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(
-            f"adapter name {adapter_name!r} cannot be that of a module: choose one without dots that no attribute of "
-            "torch's modules has"
-        )
-    if adapter_name.isdecimal() or adapter_name in parts:
-        raise ValueError(
-            f"adapter name {adapter_name!r} can be a part of the keys that other adapters are saved under, and PEFT "
-            f"would drop those: choose a name that is neither a number, nor that of a parameter, nor one of "
-            f"{', '.join(CONTAINERS)}"
-        )
-
-
-def _check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
-    """PEFT looks for names to save by their ends, also among an adapter's own modules, named by mode and weight."""
-    keys = [target.weight.replace(".", "_") for target in targets if not issubclass(target.layer, WeightLayer)]
-    for name in config.modules_to_save or ():
-        if name.isdecimal() and any(int(name) < len(target.shape) for target in targets):
-            raise ValueError(
-                f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
-                f"end of an adapter's factor {name}: give the full name, such as 'head.{name}'; a module at the top of "
-                f"the model needs another name than {name!r}"
-            )
-        if ends := [key for key in keys if key.endswith(name)]:
-            raise ValueError(
-                f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
-                f"end of what the adapter of {ends[0]!r} is called: give the full name"
-            )
-
-
-def _check_nesting(model: nn.Module, targets: list[Target], config: FloraConfig) -> None:
-    """PEFT unloads the outer one of two nested layers, so that adapters have to agree on what they wrap."""
-    for target in targets:
-        module = model.get_submodule(target.module)
-        inner = [name for name, inside in module.named_modules() if isinstance(inside, FloraWrapper)]
-        if isinstance(module, FloraWrapper) and not isinstance(module, target.layer):
-            kind = type(module).__name__
-            raise ValueError(f"cannot adapt {target.name}: another adapter has {target.module} as a flora.{kind}")
-        if inner and not isinstance(module, BaseTunerLayer):
-            raise ValueError(f"cannot adapt {target.name}: another adapter is on {target.module}.{inner[0]}, inside it")
-    for name, module in model.named_modules():
-        if name.endswith(tuple(config.modules_to_save or ())) and not isinstance(module, AuxiliaryTrainingWrapper):
-            inner = [inside for inside, other in module.named_modules() if isinstance(other, FloraWrapper)]
-            if inner and inner != [""]:  # PEFT refuses those itself
-                raise ValueError(f"modules_to_save: another adapter is on {name}.{inner[-1]}, inside {name}")
-    if config.save_batch_norm:
-        wrapped = {target.module for target in targets if issubclass(target.layer, FloraParameters)}
-        wrapped |= {name for name, module in model.named_modules() if isinstance(module, FloraParameters)}
-        for name, module in model.named_modules():
-            outer = [other for other in wrapped if f"{name}.".startswith(f"{other}.")]
-            if outer and has_statistics(module):
-                raise ValueError(
-                    f"save_batch_norm=True: the batch norm {name} is, or is inside, {outer[0]}, whose parameters are "
-                    "adapted by name: PEFT would not find it again inside that wrapper"
-                )
-
-
-def _warn_of_unmatched(config: FloraConfig, model: nn.Module) -> None:
-    """PEFT passes over names that no module has, as long as another one matches; a misspelt head is not trained."""
-    targets = config.target_modules if isinstance(config.target_modules, set) else set()
-    heads = set(config.modules_to_save or ()) - set(SEQ_CLS_HEAD_NAMES)  # PEFT's task models add both usual names
-    for field, names in (("target_modules", targets), ("modules_to_save", heads)):
-        unmatched = unmatched_names(names, model)
-        if unmatched and (field == "modules_to_save" or len(unmatched) < len(names)):
-            found = "; ".join(unmatched)
-            warnings.warn(f"{field} has names that no module has: {found}", RuntimeWarning, stacklevel=2)
 
 
 def _no_op(module: nn.Module, arguments: tuple[Any, ...]) -> None:

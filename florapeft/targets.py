@@ -188,6 +188,15 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def own_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The full names of the modules' own parameters, each with its module's."""
+    return {
+        f"{name}.{parameter}": name
+        for name, module in modules.items()
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+
+
 def task_heads(model: nn.Module) -> list[str]:
     """Names of the heads of a transformers task model: its own children of a usual name, or timm's classifier."""
     heads = [name for name in _HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
@@ -233,11 +242,7 @@ def _in_attention(name: str, modules: dict[str, nn.Module]) -> bool:
 
 def _select_parameters(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]) -> list[str]:
     """Names of the bare parameters that `target_parameters` selects, and with "all-weights" the stacks of experts."""
-    own = {
-        f"{name}.{parameter}": name
-        for name, module in modules.items()
-        for parameter, _ in module.named_parameters(recurse=False)
-    }
+    own = own_parameters(modules)
     asked = config.target_parameters or []
     selected = {name for name in own if _matches(name, asked)}
     for key in asked:
@@ -325,9 +330,8 @@ def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:
         )
 
 
-def unmatched_names(names: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of `names` that no module of the model has, nor ends with, each with a suggestion."""
-    known = [name for name, _ in model.named_modules()]
+def unmatched_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Those of `names` that none of the known ones is, nor ends with, each with a suggestion."""
     return [
         name + _closest(name, known) for name in sorted(names) if not any(_matches(other, [name]) for other in known)
     ]

@@ -37,7 +37,7 @@ HOUSE = [
     "kinds",
     "parameters",
 ]
-HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "target_ranks", "model"]
+HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "target_ranks", "checks", "model"]
 HOUSE += ["_register", "planning", "gradient_sums", "gradients", "sources", "extracted", "survey", "extraction"]
 HOUSE += ["structure", "convert", "train", "report", "cli"]
 

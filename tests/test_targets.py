@@ -1,5 +1,6 @@
 """What is adapted, what is left out and why; after an error the model is as it was."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
 
+import florapeft
 from florapeft import FloraConfig, FloraLayer
 from florapeft.target_ranks import count_base_parameters
 from florapeft.targets import find_targets, why_not
@@ -208,6 +210,36 @@ class TestSelection:
         fields[field] = [*fields[field], "heda"]
         with pytest.warns(RuntimeWarning, match=f"{field} has names that no module has: heda. Did you mean 'head'"):
             get_peft_model(model, FloraConfig(r=2, **fields))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"rank_pattern": {"qery": 1}}, r"rank_pattern has keys that match no target: \['qery'\]"),
+            ({"scale_pattern": {"qery": 1.0}}, r"scale_pattern has keys that match no target: \['qery'\]"),
+            ({"exclude_modules": ["qery", "classifier"]},
+             r"exclude_modules has names that no module has: qery\. Did you mean 'query'\?"),
+            ({"exclude_modules": "quer"},
+             "exclude_modules='quer' matches no module: a string is a regular expression over full names"),
+        ],
+    )  # fmt: skip
+    def test_what_matches_nothing_is_warned_of(self, fields, message, tmp_path):
+        """By this package, whose warnings `flora` shows, and once; not when the adapter is loaded."""
+
+        def build():
+            return nn.ModuleDict({"query": nn.Linear(3, 3), "classifier": nn.Linear(3, 3)})
+
+        config = FloraConfig(r=2, target_modules="all-weights", modules_to_save=["classifier"], **fields)
+        with pytest.warns(RuntimeWarning, match=message) as found:
+            model = get_peft_model(build(), config)
+        assert [Path(warning.filename).parent for warning in found] == [Path(florapeft.__file__).parent]
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(build(), tmp_path)
+
+    def test_excluding_parameters_is_no_mistake(self):
+        model = nn.ModuleDict({"norm": nn.LayerNorm(3), "lin": nn.Linear(3, 3)})
+        fields = {"target_modules": ["lin"], "target_parameters": ["norm.weight", "norm.bias"]}
+        model = get_peft_model(model, FloraConfig(r=2, exclude_modules=["norm.bias"], **fields))
+        model.add_adapter("other", FloraConfig(r=2, exclude_modules=r"norm\.bias", **fields))
 
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
