@@ -1,11 +1,13 @@
 """Writes tiny models and data sets to try the three job files of this folder without a network connection.
 
     python examples/tiny.py tiny
-    flora train examples/image-classification.yaml model=tiny/image/model data.path=tiny/image/data
-    flora train examples/text-classification.yaml model=tiny/text/model data.path='{train: tiny/text/train.csv}'
-    flora train examples/causal-lm.yaml model=tiny/causal/model data.path=tiny/causal/train.jsonl
+    flora train examples/image-classification.yaml model=tiny/image/model data.path=tiny/image/data \\
+        data.columns.label=label
+    flora train examples/text-classification.yaml model=tiny/text/model \\
+        data.path='{train: tiny/text/train.csv, validation: tiny/text/validation.csv}'
+    flora train examples/causal-lm.yaml model=tiny/causal/model data.path=tiny/causal/train.jsonl data.holdout=0.25
 
-The models are random, so nothing good comes out of them; the tests run exactly this.
+The models are random, so nothing good comes out of them; the tests run exactly these lines.
 """
 
 import csv

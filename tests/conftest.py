@@ -1,8 +1,10 @@
 """What every test shares: no network, a cache of its own, fixed seeds, one thread per worker."""
 
+import ast
 import os
 import random
 import runpy
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -57,14 +59,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def jobs(tiny):
-    """The arguments that each example job needs to run on the tiny models and data."""
-    text = f"data.path={{train: {tiny}/text/train.csv, validation: {tiny}/text/validation.csv}}"
-    found = {
-        "image-classification": [f"data.path={tiny}/image/data", "data.columns.label=label"],
-        "text-classification": [text],
-        "causal-lm": [f"data.path={tiny}/causal/train.jsonl", "data.holdout=0.25"],
-    }
-    for task, arguments in found.items():
-        arguments.insert(0, str(EXAMPLES / f"{task}.yaml"))
-        arguments.insert(1, f"model={tiny}/{task.split('-')[0]}/model")
+    """By task, the arguments of the `flora train` lines in the docstring of examples/tiny.py."""
+    found = {}
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / "tiny.py").read_text(encoding="utf-8")), clean=False)
+    for line in docstring.replace("\\\n", "").splitlines():
+        if line.startswith("    flora train "):
+            file, *overrides = shlex.split(line)[2:]
+            found[Path(file).stem] = [
+                str(EXAMPLES.parent / file),
+                *(override.replace("tiny/", f"{tiny}/") for override in overrides),
+            ]
     return found

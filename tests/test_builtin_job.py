@@ -48,8 +48,12 @@ def test_builtin_job_on_a_few_steps(tmp_path, monkeypatch):
     assert "runs/digits exists, so this run goes to runs/digits-2" in stderr
     for expected in ("new head only", "FLoRA", "full fine-tuning", "runs/digits-2/adapter", "(equal)"):
         assert expected in stdout
-    _, stderr = flora("train", "output=runs/digits", code=1)
-    assert stderr.startswith("error: output runs/digits exists; give another output")
+
+
+def test_builtin_job_is_not_resumed_and_says_so(tmp_path):
+    (tmp_path / "job.yaml").touch()
+    _, stderr = flora("train", f"output={tmp_path}", code=1)
+    assert stderr == f"error: output {tmp_path} exists; give another output, or replace it with --overwrite\n"
 
 
 def test_builtin_job_fails_if_the_reloaded_adapter_is_not_equal(tmp_path, monkeypatch):
@@ -82,6 +86,7 @@ def test_ranks_of_the_builtin_job_can_be_replaced(overrides, expected):
             ["sed=[1]"],
             "the built-in job has no key 'sed'; did you mean 'seeds'? (known: output, seeds, max_steps, adapter)",
         ),
+        (["r=2"], "the built-in job has no key 'r'; say adapter.r (known: output, "),
         (["seeds=3"], "seeds must be a list of whole numbers such as [0,1,2], got 3"),
         (["seeds=[1,1]"], "seeds must differ from each other, got [1, 1]"),
         (["adapter.rank=2"], "adapter: FloraConfig has no field 'rank'"),

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import florapeft.cli
 from florapeft.cli import _output
+from florapeft.cli._adapter import parse_targets
 from florapeft.cli._app import app
 from florapeft.train import merge as merge_module
 
@@ -411,6 +412,11 @@ def test_plan_needs_no_weights(tiny, tmp_path, kind):
     stdout, _ = flora("plan", tmp_path, "--r", "2", "--targets", "all-linear" if kind != "image" else "all-weights")
     assert "parameters in" in stdout
     assert "memory of training before activations" in stdout
+
+
+@pytest.mark.parametrize(("targets", "names"), [("query, value,", ["query", "value"]), (" all-linear ", "all-linear")])
+def test_targets_are_read_with_spaces(targets, names):
+    assert parse_targets(targets) == names
 
 
 @pytest.mark.parametrize(

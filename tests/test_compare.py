@@ -129,7 +129,7 @@ def test_without_rates_a_walk_from_the_jobs_own(arguments, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "lora,lohra"], "no method 'lohra'; did you mean 'lora'? (known: flora, lora, "),
+        (["--methods", "lora, lohra"], "no method 'lohra'; did you mean 'lora'? (known: flora, lora, "),
         (["--seeds", "0,0"], "seeds must be different whole numbers, at least one; got [0, 0]"),
         (["--rates", "-1"], "rates must be positive numbers, at least one; got [-1.0]"),
         (["data.splits={validation: validation}"], "has no split 'test'"),

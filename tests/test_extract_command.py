@@ -107,6 +107,25 @@ def test_replaces_only_what_it_wrote(folders, tmp_path):
     assert "was not written by flora extract" in stderr
 
 
+def test_tuned_must_be_a_whole_model(folders, tmp_path):
+    arguments = ("extract", folders[0], folders[1], "-o", tmp_path / "out")
+    (folders[1] / "config.json").unlink()
+    _, stderr = flora(*arguments, code=1)
+    assert stderr == f"error: {folders[1]} has no config.json; a folder with a full fine-tuned model is needed\n"
+    (folders[1] / "adapter_config.json").write_text("{}")
+    _, stderr = flora(*arguments, code=1)
+    assert stderr == (
+        f"error: {folders[1]} is an adapter; a full fine-tuned model is needed (flora merge makes one of it)\n"
+    )
+
+
+def test_names_are_read_with_spaces(folders, tmp_path):
+    options = ("--r", 1, "--targets", "query, value,", "--keep", "classifier, pooler", "-o", tmp_path / "adapter")
+    flora("extract", folders[0], folders[1], *options)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["modules_to_save"][:2]) == (["query", "value"], ["classifier", "pooler"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -121,6 +140,7 @@ def test_replaces_only_what_it_wrote(folders, tmp_path):
             "is neither a folder nor a model of the hub that can be read now",
         ),
         (["BASE", "TUNED", "-o", "OUT", "--targets", "qery"], 1, "Did you mean"),
+        (["BASE", "TUNED", "-o", "OUT", "--targets", " ,"], 2, "Invalid value for --targets: no name is given"),
         (["BASE", "BASE", "-o", "OUT"], 1, "none of the 15 targets differs between base and tuned"),
     ],
 )

@@ -8,9 +8,17 @@ KernelRank = Annotated[int | None, typer.Option("--kernel-r", help="Rank of ever
 Targets = Annotated[str, typer.Option("--targets", help="all-weights, all-linear, or names with commas between them.")]
 
 
+def parse_names(text: str) -> list[str]:
+    """`"lora, full,"` → `["lora", "full"]`."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def parse_targets(text: str) -> str | list[str]:
-    """`"q_proj,v_proj"` → the list of names; PEFT's and our own words for many stay as they are."""
-    return text if text in ("all-weights", "all-linear") else text.split(",")
+    """`"q_proj, v_proj"` → the list of names; PEFT's and our own words for many stay as they are."""
+    names = parse_names(text)
+    if not names:
+        raise typer.BadParameter("no name is given", param_hint="--targets")
+    return names[0] if names in (["all-weights"], ["all-linear"]) else names
 
 
 def parse_budget(text: str) -> int | float:

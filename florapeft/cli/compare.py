@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from florapeft.cli._adapter import parse_names
 from florapeft.cli._output import DebugFlag, JsonFlag, OverwriteFlag, reporting, split_arguments
 
 
@@ -54,7 +55,7 @@ def compare(
         job.output = f"{job.output}-compare" if output is None else str(output)
         record = run_comparison(
             job,
-            [name for name in methods.split(",") if name],
+            parse_names(methods),
             chosen_seeds,
             chosen_rates,
             resume=resume,

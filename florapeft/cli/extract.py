@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from florapeft.cli._adapter import KernelRank, Targets, parse_budget, parse_targets
+from florapeft.cli._adapter import KernelRank, Targets, parse_budget, parse_names, parse_targets
 from florapeft.cli._output import DebugFlag, JsonFlag, OverwriteFlag, reporting
 
 
@@ -48,10 +48,11 @@ def extract(
     fields |= {"budget": parse_budget(budget or "5%")} if r is None else {"r": r}
     fields["target_modules"] = parse_targets(targets)
     if keep is not None:
-        fields["modules_to_save"] = [name for name in keep.split(",") if name] or None
+        fields["modules_to_save"] = parse_names(keep) or None
     with reporting(as_json, debug) as output:
         from florapeft.train.extract import extract_adapter
 
+        check_is_model(tuned)
         record = extract_adapter(
             base,
             tuned,
@@ -64,6 +65,16 @@ def extract(
         )
         table = record.pop("table")
         output.result(record, lambda console, _: _show(console, record, table))
+
+
+def check_is_model(tuned: str) -> None:
+    """A folder that is no whole model is refused before anything is read; a hub id is looked up later."""
+    folder = Path(tuned).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{tuned} is an adapter; a full fine-tuned model is needed (flora merge makes one of it)")
+    raise ValueError(f"{tuned} has no config.json; a folder with a full fine-tuned model is needed")
 
 
 def _show(console: Console, record: dict[str, Any], table: str) -> None:

@@ -28,7 +28,7 @@ def plan(
       flora plan facebook/convnextv2-base-22k-224 --budget 0.5%
       flora plan ./my-model --r 16 --targets q_proj,v_proj --json
     """
-    share = None if budget is None else parse_budget(budget)
+    share, names = None if budget is None else parse_budget(budget), parse_targets(targets)
     with reporting(as_json, debug) as output:
         from florapeft import FloraConfig
         from florapeft.planning import plan as plan_adapter
@@ -37,7 +37,7 @@ def plan(
         ranks: dict[str, Any] = {"budget": share, "kernel_r": kernel_r}
         if r is not None:
             ranks["r"] = r
-        config = FloraConfig(target_modules=parse_targets(targets), **ranks)
+        config = FloraConfig(target_modules=names, **ranks)
         found = plan_adapter(load_skeleton(model), config)
         output.result(found.to_dict(), lambda console, _: _show(console, str(found)))
 

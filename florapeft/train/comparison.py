@@ -19,7 +19,7 @@ from torch import nn
 
 from florapeft import FloraConfig
 from florapeft.train.digits import BUILTIN_SETTINGS, DigitsTask, builtin_model_path, load_digits_task
-from florapeft.train.job import adapter_fields, apply_overrides, closest
+from florapeft.train.job import adapter_fields, apply_overrides, hint
 from florapeft.train.model import find_heads, load_pretrained, muted
 from florapeft.train.record import commit, versions
 from florapeft.train.run import check_finite, count_parameters
@@ -72,7 +72,7 @@ def run_builtin(
         free = first_free(settings.output, "-", start=2)
         say(f"{settings.output} exists, so this run goes to {free}")
         settings.output = free
-    note = prepare_output(settings.output, overwrite=overwrite)
+    note = prepare_output(settings.output, overwrite=overwrite, can_resume=False)
     if note:
         say(note)
     task = load_digits_task("target")
@@ -268,7 +268,7 @@ def _settings(overrides: Sequence[str]) -> tuple[Settings, bool]:
         if key not in _KEYS:
             known = ", ".join(_KEYS)
             raise ValueError(
-                f"the built-in job has no key '{key}'{closest(key, _KEYS)} (known: {known}); "
+                f"the built-in job has no key '{key}'{hint(key, _KEYS)} (known: {known}); "
                 "for a job of your own give a job file"
             )
     values = {key: value for key, value in values.items() if value is not None}

@@ -38,14 +38,32 @@ TRAIN_RESERVED = {
     "remove_unused_columns": "columns are chosen by `data.columns`",
     "label_names": "columns are chosen by `data.columns`",
 }
-# The same of FloraConfig.
-ADAPTER_RESERVED = dict.fromkeys(("task_type", "inference_mode", "peft_type"), "it follows from the job")
+# The same of FloraConfig, and what LoRA calls otherwise.
+ADAPTER_RESERVED = {
+    **dict.fromkeys(("task_type", "inference_mode", "peft_type"), "it follows from the job"),
+    "lora_alpha": "FLoRA has `scale`, which is not divided by r",
+    "lora_dropout": "use `flora_dropout`",
+}
 
 
 def closest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `words`, else the empty string."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def hint(key: str, known: Collection[str]) -> str:
+    """`; say train.x` where `known` has a group of keys that `x` belongs to, else what is `closest`."""
+    from transformers import TrainingArguments
+
+    from florapeft import FloraConfig
+
+    groups = [("data", DataSpec, ()), ("adapter", FloraConfig, ADAPTER_RESERVED)]
+    groups.append(("train", TrainingArguments, TRAIN_RESERVED))
+    for group, cls, reserved in groups:
+        if group in known and key not in reserved and key in {field.name for field in dataclasses.fields(cls)}:
+            return f"; say {group}.{key}"
+    return closest(key, known)
 
 
 @dataclasses.dataclass
@@ -301,7 +319,7 @@ def _fields(cls: type, mapping: Any, where: str) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key '{key}'{closest(str(key), fields)}")
+            raise ValueError(f"{where}: unknown key '{key}'{hint(str(key), fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and values.get(name) is None:

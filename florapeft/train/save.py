@@ -66,11 +66,14 @@ def to_json(record: Any) -> str:
     return json.dumps(_finite(record), indent=2, ensure_ascii=False)
 
 
-def prepare_output(output: Path, *, resume: bool = False, overwrite: bool = False) -> str | None:
+def prepare_output(
+    output: Path, *, resume: bool = False, overwrite: bool = False, can_resume: bool = True
+) -> str | None:
     """Makes the output folder of a training run, or finds it fit to be used; run by one process.
 
     A new or empty folder is taken. Of an earlier run, `resume` goes on in its folder, and `overwrite` renames that
     folder to `<output>.old-N` (checkpoints are never deleted). Folders that `flora train` did not write are left alone.
+    Where a run cannot be gone on with (`can_resume`), that is not offered.
 
     Returns:
         What the user should know (an older run was renamed), or None.
@@ -95,9 +98,8 @@ def prepare_output(output: Path, *, resume: bool = False, overwrite: bool = Fals
         output.rename(older)
         note = f"the earlier run in {output} was renamed to {older}"
     elif not is_empty and not resume:
-        raise FileExistsError(
-            f"output {output} exists; give another output, continue it with --resume, or replace it with --overwrite"
-        )
+        ways = "continue it with --resume, or" if can_resume else "or"
+        raise FileExistsError(f"output {output} exists; give another output, {ways} replace it with --overwrite")
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / ".writable").touch()  # found out now rather than after an hour of training
