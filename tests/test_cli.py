@@ -240,6 +240,12 @@ def test_adapters_that_cannot_be_used(command, trained, tmp_path):
     save_file(dict(list(weights.items())[1:]), folder / "adapter_model.safetensors")
     _, stderr = flora(command, folder, *rest, code=1)
     assert stderr.splitlines()[-1].startswith("error: ")
+    file = folder / "adapter_model.safetensors"
+    for size in (file.stat().st_size - 1, 4):
+        os.truncate(file, size)
+        _, stderr = flora(command, folder, *rest, code=1)
+        assert stderr.startswith(f"error: cannot read {file}: ")
+        assert stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
 
 

@@ -1,12 +1,16 @@
 """`flora compare` on the tiny jobs: equal parameters, rates from the validation split, resuming, bad input."""
 
+import io
 import json
 import math
+from collections import Counter
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from florapeft.cli._app import app
+from florapeft.cli.compare import _show
 from florapeft.report.run import read_run
 from florapeft.train import compare
 from florapeft.train.job import load_job
@@ -139,6 +143,20 @@ def test_bad_input_leaves_nothing(arguments, options, message, tmp_path):
     _, stderr = flora("compare", *arguments, *options, "-o", tmp_path / "run", code=1)
     assert message in stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_a_narrow_table_shows_every_character(width):
+    row = {"label": "full fine-tuning", "accuracy_mean": 0.9371, "accuracy_std": 0.0123, "rate": 1.6e-4}
+    row |= {"parameters": 12345678, "share_of_network": 0.0123, "seconds_mean": 1234.5}
+    row["difference"] = {"mean": -0.0123, "low": -0.1234, "high": 0.1001}
+    record = {"metric": "accuracy", "description": "model on data", "seeds": [0], "methods": [row], "adapter": "a"}
+    shown = []
+    for columns in (width, 200):
+        console = Console(file=io.StringIO(), width=columns)
+        _show(console, record)
+        shown.append(Counter(console.file.getvalue().replace("─", "").replace("\n", "").replace(" ", "")))
+    assert shown[0] == shown[1]
 
 
 def test_usage(arguments):

@@ -79,9 +79,9 @@ def _show(console: Console, record: dict[str, Any]) -> None:
     percent = metric == "accuracy"
     title = f"{record['description']}; mean ± standard deviation over {len(record['seeds'])} seeds"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # nothing is cut on a narrow screen or in a pipe
     for column in (metric, "against FLoRA, 95%", "rate", "parameters", "share", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     for row in record["methods"]:
         mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
         table.add_row(

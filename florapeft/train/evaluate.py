@@ -7,7 +7,9 @@ from typing import Any
 
 import peft
 import transformers
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from florapeft.sources import open_weights
 from florapeft.train.data import load_examples, with_images
 from florapeft.train.job import Job, apply_overrides, parse_job, parse_yaml
 from florapeft.train.model import check_is_whole, load_base, load_collator
@@ -22,9 +24,12 @@ def adapter_folder(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: neither holds an adapter_config.json.
+        ValueError: its weights cannot be read, such as those of a download that was cut short.
     """
     for folder in (path, path / "adapter"):
         if (folder / "adapter_config.json").is_file():
+            if (weights := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+                open_weights(weights, "adapter")  # reads its header; PEFT's error would not name the file
             return folder
     if not path.exists():
         raise FileNotFoundError(f"adapter not found: {path}")
