@@ -16,7 +16,7 @@ from florapeft.config import FloraConfig
 from florapeft.kinds import WeightLayer
 from florapeft.layer import FloraWrapper
 from florapeft.parameters import FloraParameters
-from florapeft.targets import Target, candidates, own_parameters, unmatched_names
+from florapeft.targets import Target, candidates, own_parameters, token_modules, unmatched_names
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
@@ -49,6 +49,17 @@ def check_modules_to_save(config: FloraConfig, targets: list[Target]) -> None:
             raise ValueError(
                 f"modules_to_save={list(config.modules_to_save)}: PEFT matches ends of names, and {name!r} is also the "
                 f"end of what the adapter of {ends[0]!r} is called: give the full name"
+            )
+
+
+def check_tokens(model: nn.Module, targets: list[Target], config: FloraConfig) -> None:
+    """PEFT finds that it cannot train rows of an adapted embedding only after everything has been adapted."""
+    adapted = {target.module for target in targets}
+    for name in token_modules(model, config):
+        if name in adapted or isinstance(model.get_submodule(name), FloraWrapper):
+            raise ValueError(
+                f"trainable_token_indices: {name} has an adapter, by target_modules or another adapter's, and PEFT "
+                "trains rows of layers without adapters only: leave it out of one of the two"
             )
 
 

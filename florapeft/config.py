@@ -43,8 +43,8 @@ class FloraConfig(PeftConfig):
         init_weights: True for the default start, an update of exactly zero; False for a random small update; or the
             name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`), or "gradient": the
             default start until `florapeft.initialize_from_gradients` is called.
-        target_modules: list of names or suffixes, a regular expression, "all-linear" or "all-weights"; None takes
-            PEFT's table for models it knows.
+        target_modules: list of names or suffixes, a regular expression over full names, "all-linear" or "all-weights";
+            None takes PEFT's table for models it knows, or nothing where there are `target_parameters`.
         target_parameters: list of names or suffixes of bare parameters of any order: stacks of experts, norm gains,
             biases, matrices that no layer holds. A vector's update is a vector. "all-weights" adds stacks of experts.
         exclude_modules: list of names or suffixes, or a regular expression, of modules to leave alone.
@@ -54,7 +54,8 @@ class FloraConfig(PeftConfig):
         layers_to_transform: index or indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: name of the module list that `layers_to_transform` counts in.
         modules_to_save: modules that are trained and saved in full, such as a new head.
-        trainable_token_indices: rows of the input embedding to train in full, as in PEFT's LoraConfig.
+        trainable_token_indices: rows of the input embedding to train in full, as in PEFT's LoraConfig; it is not
+            adapted then.
         ensure_weight_tying: keep input and output embedding tied where `modules_to_save` has one of them, as PEFT does
             for LoRA. Adapters of tied embeddings cannot be tied; "all-weights" leaves them out.
         save_batch_norm: keep a set of running statistics per adapter for every batch norm, and save it with the

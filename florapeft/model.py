@@ -25,7 +25,7 @@ from florapeft.batch_norm import (
     warn_when_trained,
 )
 from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names
-from florapeft.checks import check_adapter_name, check_modules_to_save, check_nesting, warn_of_unmatched
+from florapeft.checks import check_adapter_name, check_modules_to_save, check_nesting, check_tokens, warn_of_unmatched
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
 from florapeft.contract import ROUTES
@@ -126,13 +126,14 @@ class FloraModel(BaseTuner):
                 config.awaits_values = False  # it can be trained from now on
 
     def _prepare_adapter_config(self, peft_config: FloraConfig, model_config: dict[str, Any]) -> FloraConfig:
-        if peft_config.target_modules is None and model_config["model_type"] not in self.target_module_mapping:
-            if peft_config.target_parameters:
+        if peft_config.target_modules is None:
+            if peft_config.target_parameters:  # and no modules, as with LoRA
                 return peft_config
-            raise ValueError(
-                f"Please specify `target_modules`: it is None, and PEFT has no default for models of type "
-                f"{model_config['model_type']!r}. target_modules='all-weights' adapts every supported layer"
-            )
+            if model_config["model_type"] not in self.target_module_mapping:
+                raise ValueError(
+                    f"Please specify `target_modules`: it is None, and PEFT has no default for models of type "
+                    f"{model_config['model_type']!r}. target_modules='all-weights' adapts every supported layer"
+                )
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _add_modules_to_save_to_tie(self, peft_config: FloraConfig, tied_weight_keys: list[str]) -> None:
@@ -149,6 +150,7 @@ class FloraModel(BaseTuner):
         """Check everything that can be wrong and resolve names and ranks, before PEFT changes the model."""
         targets = find_targets(model, peft_config)
         check_modules_to_save(peft_config, targets)
+        check_tokens(model, targets, peft_config)
         check_nesting(model, targets, peft_config)
         if peft_config.budget is not None and peft_config.ranks is None:
             budget = budget_in_parameters(model, peft_config.budget)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from florapeft.config import ALL_WEIGHTS, FloraConfig
@@ -197,6 +198,15 @@ def own_parameters(modules: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
+def token_modules(model: nn.Module, config: FloraConfig) -> list[str]:
+    """Names of the modules that `trainable_token_indices` trains rows of, found by the ends of names, as PEFT does."""
+    indices = config.trainable_token_indices
+    if indices is None:
+        return []
+    ends = tuple(indices) if isinstance(indices, dict) else (_get_input_embeddings_name(model, "embed_tokens"),)
+    return [name for name, _ in candidates(model) if name.endswith(ends)]
+
+
 def task_heads(model: nn.Module) -> list[str]:
     """Names of the heads of a transformers task model: its own children of a usual name, or timm's classifier."""
     heads = [name for name in _HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
@@ -225,6 +235,8 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
         chosen = chosen | {n for n, m in modules.items() if quantized_as(m) == "linear" and not left_to_the_user(n)}
     else:
         chosen = None
+    if chosen is not None:
+        chosen = chosen - set(token_modules(model, config))
     resolved = config if chosen is None else replace(config, target_modules=chosen)
     selected = [name for name in modules if check_target_module_exists(resolved, name)]
     if not selected and config.target_modules != DUMMY_TARGET_MODULES:

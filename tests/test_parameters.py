@@ -347,6 +347,14 @@ class TestExperts:
         model.save_pretrained(tmp_path)
         assert torch.equal(PeftModel.from_pretrained(moe(name), tmp_path)(IDS).logits, model(IDS).logits)
 
+    def test_alone(self, name, tmp_path):
+        """Without `target_modules`, whether or not PEFT has a default for the model."""
+        given = FloraConfig(r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_weights=False)
+        model = get_peft_model(moe(name), given)
+        assert {type(module) for module in model.modules() if isinstance(module, FloraLayer)} == {FloraParameters}
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(moe(name), tmp_path)(IDS).logits, model(IDS).logits)
+
     def test_left_out(self, name):
         experts = "feed_forward.experts" if name == "Llama 4" else "experts"
         given = FloraConfig(r=3, target_modules="all-weights", exclude_modules=[experts])

@@ -383,6 +383,26 @@ class TestTransformers:
         assert any(f"{head}.modules_to_save" in name for name in trainable)
         assert not any("flora_" in name for name in trainable if head in name)
 
+    @pytest.mark.parametrize("tokens", [[1], {"embed_tokens": [1]}])
+    def test_an_embedding_whose_rows_are_trained_is_left_out(self, tokens):
+        assert adapted(llama(), target_modules="all-weights", trainable_token_indices=tokens) == LLAMA_LINEAR
+
+    def test_linear_layers_whose_rows_are_trained_are_left_out(self):
+        model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+        assert adapted(model, target_modules="all-linear", trainable_token_indices={"b": [1]}) == {"a"}
+
+    def test_an_embedding_whose_rows_are_trained_is_refused_by_name(self):
+        message = "trainable_token_indices: model.embed_tokens has an adapter, by target_modules or another adapter's"
+        fields = {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": [1]}
+        assert_refused(llama(), message, ["q_proj"], **fields)
+
+    def test_rows_of_an_embedding_that_another_adapter_has_are_refused(self):
+        model = get_peft_model(llama(), FloraConfig(r=2, target_modules=["embed_tokens"]))
+        before = snapshot(model)[:2]
+        with pytest.raises(ValueError, match=r"trainable_token_indices: model.embed_tokens has an adapter"):
+            model.add_adapter("other", FloraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]))
+        assert snapshot(model)[:2] == before
+
 
 REFUSED = {
     "max_norm": (lambda: nn.Embedding(9, 4, max_norm=1.0), "max_norm rewrites the base weight in forward"),
