@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,6 +214,15 @@ class FloraConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, which is None")
+        named = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules"))
+        expressions = [(name, value) for name, value in named if isinstance(value, str)]
+        for name in ("rank_pattern", "scale_pattern", "modules_to_save"):
+            expressions += [(name, str(key)) for key in getattr(self, name) or ()]
+        for name, value in expressions:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name}: {value!r} is no regular expression: {error}") from None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> FloraConfig:

@@ -25,7 +25,7 @@ from florapeft.layer import FloraLayer
 from florapeft.rank import count_parameters
 from florapeft.support import shared_weights, why_not
 from florapeft.target_ranks import count_base_parameters
-from florapeft.targets import Target, adapted_targets, find_targets, task_heads
+from florapeft.targets import Target, adapted_targets, find_targets, task_heads, token_modules
 
 logger = logging.getLogger("florapeft")
 
@@ -282,6 +282,7 @@ def left_out(model: nn.Module, targets: Iterable[Target], config: FloraConfig) -
     heads = tuple(f"{head}." for head in task_heads(model))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     selected = {f"{target.module}.{target.weight}" for target in find_targets(model, replace(config, ranks=None))}
+    tokens = token_modules(model, config)
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in adapted:
@@ -290,6 +291,8 @@ def left_out(model: nn.Module, targets: Iterable[Target], config: FloraConfig) -
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         if any(owner == key or owner.endswith(f".{key}") for key in config.modules_to_save or ()):
             found[owner] = "trained in full, by modules_to_save"
+        elif owner in tokens:
+            found[owner] = "some of its rows are trained in full, by trainable_token_indices"
         elif name in selected:
             found[owner] = "not in `ranks`" if config.budget is None else "the budget does not pay for it"
         elif output is not None and parameter is output.weight:

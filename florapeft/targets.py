@@ -361,6 +361,10 @@ def _nothing_matches(model: nn.Module, config: FloraConfig, modules: dict[str, n
     if config.layers_to_transform is not None:
         restriction = f"layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}"
         return f"{problem} with {restriction}"
+    if isinstance(asked, str):
+        problem += ": a string is a regular expression over full names"
+        if any(_matches(name, [asked]) for name in modules):
+            return f"{problem}; for a name give a list: [{asked!r}]"
     first = asked if isinstance(asked, str) else min(asked, default="")
     return problem + _closest(first, [*modules, *SHORTHANDS])
 
@@ -378,8 +382,13 @@ def is_shorthand(target_modules: object, *shorthands: str) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() in (shorthands or SHORTHANDS)
 
 
-def _shown(target_modules: object) -> object:
-    return sorted(target_modules) if isinstance(target_modules, (set, list, tuple)) else repr(target_modules)
+def _shown(target_modules: Iterable[str] | str | None) -> str:
+    """As given, but for the most of a long list or expression, such as those of a saved adapter."""
+    if target_modules is None or isinstance(target_modules, str):
+        shown = repr(target_modules)
+        return f"{shown[:200]}… ({len(shown) - 200} more characters)" if len(shown) > 200 else shown
+    names = sorted(target_modules)
+    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _count(items: Iterable[object], noun: str) -> str:

@@ -150,6 +150,16 @@ RANK = "must be a positive integer or one per mode, got "
             ValueError,
             "layers_pattern needs layers_to_transform, which is None",
         ),
+        *(
+            (arguments, ValueError, rf"{next(iter(arguments))}: '\*\.q' is no regular expression: nothing to repeat")
+            for arguments in (
+                {"target_modules": "*.q"},
+                {"exclude_modules": "*.q"},
+                {"rank_pattern": {"*.q": 2}},
+                {"scale_pattern": {"*.q": 2.0}},
+                {"modules_to_save": ["head", "*.q"]},
+            )
+        ),
         (
             {"format_version": 2},
             ValueError,

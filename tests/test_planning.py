@@ -130,6 +130,8 @@ class TestPlan:
         assert found.skipped["embed"] == "not selected"
         found = plan(Net(), FloraConfig(budget=60, target_modules=["conv", "up", "head"]))
         assert "the budget does not pay for it" in found.skipped.values()
+        found = plan(Net(), FloraConfig(target_modules="all-weights", trainable_token_indices={"embed": [1]}))
+        assert found.skipped["embed"] == "some of its rows are trained in full, by trainable_token_indices"
 
     def test_flops(self):
         model = nn.Sequential(nn.Linear(32, 64), nn.Conv2d(16, 32, 3), nn.Conv2d(16, 32, 3, groups=4))

@@ -489,11 +489,15 @@ class TestNothingMatches:
             (["blocks.0.qq"], r"\['blocks.0.qq'\] not found in the base model\. Did you mean 'blocks.0.q'"),
             (["convv"], r"Did you mean 'conv'"),
             (["decoder.embed"], r"Did you mean 'embed'"),
-            ("stord", r"Target modules 'stord' not found in the base model\. Did you mean 'stored'"),
+            ("stord", r"'stord' not found in the base model: a string is a .* over full names\. Did you mean 'stored'"),
+            ("q", r"'q' not found in the base model: a string is a regular expression over full names; for a name give "
+             r"a list: \['q'\]$"),
+            ([f"m{n:02}" for n in range(20)], r"Target modules \['m00', .*, 'm07'\] and 12 more not found in the base"),
+            ("|".join(f"m{n:02}" for n in range(80)), r"Target modules 'm00.*m49… \(121 more characters\) not found"),
             (["zzzzzz"], r"Target modules \['zzzzzz'\] not found in the base model$"),
             ([], r"Target modules \[\] not found in the base model$"),
         ],
-    )
+    )  # fmt: skip
     def test_suggestions(self, targets, hint):
         assert_refused(Net(), hint, target_modules=targets)
 
