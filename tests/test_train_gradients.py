@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -13,6 +17,7 @@ import florapeft
 from florapeft.cli._app import app
 from florapeft.train import gradients
 from florapeft.train.job import parse_job
+from florapeft.train.model import attach, load_base
 
 SMALL = "train.per_device_train_batch_size=4"
 ADAPTER = [SMALL, "adapter.budget=0.1", "train.num_train_epochs=1", "gradient_batches=2"]
@@ -105,6 +110,7 @@ def test_processes_share_the_batches_out(monkeypatch):
         arguments = SimpleNamespace(
             train_batch_size=4, seed=0, device="cpu", process_index=process, world_size=processes
         )
+        arguments.gradient_checkpointing, arguments.mixed_precision = False, "no"
         model = nn.Sequential(nn.Linear(4, 4))
         model.new_modules = []
         job = {"task": "causal-lm", "model": "m", "data": "d", "output": "o", "gradient_batches": 3}
@@ -178,7 +184,7 @@ def test_the_warm_up_moves_the_head_alone():
     model.body.bias.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with gradients._only_heads_trained(model):
+    with gradients._only_trained(model, ["classifier"]):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert [id(p) for p in trained] == [id(p) for p in model.classifier.parameters()]
         optimizer = torch.optim.SGD(trained, 0.1)
@@ -191,3 +197,86 @@ def test_the_warm_up_moves_the_head_alone():
     ]
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
     assert model.norm.momentum == 0.1
+
+
+TEXT = {"task": "text-classification", "data": "d.csv", "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [
+        ("BertForSequenceClassification", {}, ["classifier"]),
+        ("BertForMaskedLM", {}, ["bert.pooler.dense", "classifier"]),  # whose checkpoint lacks both
+        ("BartForSequenceClassification", {}, []),  # the checkpoint's own head, which PEFT does not know
+        ("BartForSequenceClassification", {"modules_to_save": ["classification_head"]}, ["classification_head"]),
+    ],
+)
+def test_what_is_warmed_up_is_what_is_saved(name, more, expected, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes |= {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    sizes |= {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    cls = getattr(transformers, name)
+    cls(cls.config_class(vocab_size=20, num_labels=2, **sizes)).save_pretrained(tmp_path)
+    job = parse_job({**TEXT, "model": str(tmp_path), "adapter": {"r": 2, **more}})
+    base = load_base(job.task, job.model, ["a", "b"])
+    assert gradients.trained_whole(job, base) == expected
+    adapted = attach(job, base).get_base_model()
+    assert [n for n, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)] == expected
+
+
+def test_a_head_that_is_not_found_is_to_be_named():
+    with pytest.raises(
+        ValueError, match=r"no new head found in Linear to be trained .* adapter\.modules_to_save=\[…\], or"
+    ):
+        gradients.warm_heads(nn.Linear(2, 2), [], 1, None, None)
+
+
+def test_bf16_is_that_of_the_pass_and_of_the_training_after_the_warm_up(jobs, tiny, tmp_path, monkeypatch):
+    """With a base in bf16, images in float32 fail wherever autocast is not on."""
+    shutil.copytree(tiny / "image" / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    monkeypatch.setattr(gradients, "are_noise", lambda agreement: False)
+    more = [f"model={tmp_path / 'model'}", "train.bf16=true", "train.max_steps=1", f"output={tmp_path / 'run'}"]
+    record = json.loads(flora("train", *jobs["image-classification"], *ADAPTER, *more, "--json")[0])
+    assert record["gradients"]["batches"] == 2
+    assert record["steps"] == 1
+
+
+@pytest.mark.parametrize(("precision", "dtype", "scale"), [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)])
+def test_loss_in_mixed_precision(precision, dtype, scale, monkeypatch):
+    layer, seen = nn.Linear(4, 2), []
+
+    def loss(model, batch):
+        seen.append(model(batch))
+        return seen[-1].float().square().sum()
+
+    monkeypatch.setattr(gradients, "_loss", loss)
+    x = torch.randn(3, 4)
+    found = {}
+    for given in ("no", precision):
+        arguments = SimpleNamespace(mixed_precision=given, device=torch.device("cpu"))
+        found[given] = gradients._under_autocast(arguments)(layer, x)
+    assert [output.dtype for output in seen] == [torch.float32, dtype]
+    torch.testing.assert_close(found[precision], found["no"] * scale, rtol=0.05, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [[], ["train.gradient_checkpointing_kwargs={use_reentrant: true}"]])
+def test_activations_are_checkpointed_in_the_pass_too(options, jobs, tmp_path, monkeypatch):
+    calls = []
+
+    def allocate(model, config, batches, loss):
+        handle = model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        found = florapeft.allocate(model, config, batches, loss)
+        handle.remove()
+        return found
+
+    monkeypatch.setattr(gradients, "allocate", allocate)
+    arguments = [*jobs["causal-lm"], SMALL, "gradient_batches=1", "adapter.budget=0.4", "train.max_steps=1"]
+    flora("train", *arguments, "train.gradient_checkpointing=true", *options, f"output={tmp_path / 'run'}")
+    assert len(calls) == 2  # once more in the backward pass

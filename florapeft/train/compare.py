@@ -21,10 +21,9 @@ import torch
 import transformers
 from torch import nn
 
-from florapeft.targets import task_heads
 from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, attaches, fitting, shared, trainable
-from florapeft.train.gradients import warm_heads, warmup_epochs
+from florapeft.train.gradients import trained_whole, warm_heads, warmup_epochs
 from florapeft.train.job import ROLES, Job, closest, load_job
 from florapeft.train.model import attach, load_base, load_collator, muted, task_fields
 from florapeft.train.record import commit, versions
@@ -224,7 +223,8 @@ def _train(comparison: Comparison, method: str, rate: float, seed: int, callback
     arguments = training_arguments(scratch)
     transformers.set_seed(seed)  # the same new head for every method
     base = load_base(job.task, job.model, examples.labels)
-    head = sum(parameter.numel() for name in _heads(job, base) for parameter in base.get_submodule(name).parameters())
+    heads = trained_whole(job, base)
+    head = sum(parameter.numel() for name in heads for parameter in base.get_submodule(name).parameters())
     network = sum(parameter.numel() for parameter in base.parameters()) - head
     collator = load_collator(job, base)
     started = time.perf_counter()
@@ -233,7 +233,7 @@ def _train(comparison: Comparison, method: str, rate: float, seed: int, callback
             model, _ = attach_adapter(scratch, base, collator, examples, arguments, callbacks)
         else:
             epochs = warmup_epochs(job) if job.gradient_batches else 0
-            warm_heads(base, epochs, arguments, trainer_of_heads(scratch, collator, examples, callbacks))
+            warm_heads(base, heads, epochs, arguments, trainer_of_heads(scratch, collator, examples, callbacks))
             model = _attach_other(comparison, method, base)
         trainer = make_trainer(scratch, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()
@@ -265,17 +265,9 @@ def _attach_other(comparison: Comparison, method: str, base: transformers.PreTra
         place = comparison.places[method]
         return place.fit.attach(base, place.layers, place.fit.rank, place.fit.raised)
     base.requires_grad_(method == "full")
-    for name in _heads(comparison.job, base):
+    for name in trained_whole(comparison.job, base):
         base.get_submodule(name).requires_grad_(True)
     return base
-
-
-def _heads(job: Job, base: nn.Module) -> list[str]:
-    """Full names of what is trained whole beside an adapter."""
-    named = job.adapter.get("modules_to_save")
-    if named is None:
-        return task_heads(base)
-    return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
 
 
 def _test_rows(job: Job, examples: Examples) -> Any:

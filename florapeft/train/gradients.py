@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from torch import nn
 from florapeft import FloraConfig, allocate, initialize_from_gradients
 from florapeft.batch_norm import has_statistics
 from florapeft.gradients import are_noise
-from florapeft.targets import task_heads
 from florapeft.train.job import Job
-from florapeft.train.model import adapter_config
+from florapeft.train.model import _SAVED_BY_PEFT, adapter_config, task_fields
 
 Train = Callable[[nn.Module, transformers.TrainingArguments], Any]
 
@@ -53,16 +52,19 @@ def attach_by_gradients(
     started, epochs = time.perf_counter(), warmup_epochs(job)
     size = arguments.train_batch_size
     count = min(job.gradient_batches, math.ceil(len(rows) / size))
-    warm_heads(base, epochs, arguments, train, say)
+    warm_heads(base, trained_whole(job, base), epochs, arguments, train, say)
     say(f"looking at the gradients of {count} batch" + ("es" if count > 1 else ""))
     base.to(arguments.device)
+    if arguments.gradient_checkpointing:
+        _checkpoint_activations(base, arguments)
     loader = torch.utils.data.DataLoader(
         rows, size, shuffle=True, collate_fn=collator, generator=torch.Generator().manual_seed(arguments.seed)
     )
     batches = itertools.islice(loader, arguments.process_index, count, arguments.world_size)
+    loss = _under_autocast(arguments)
     config, facts = adapter_config(job, base, init_weights="gradient"), {}
     if config.budget is not None and config.ranks is None and job.adapter.get("allocation") != "uniform":
-        config = allocate(base, config, batches, _loss)
+        config = allocate(base, config, batches, loss)
         facts = {"agreement": config.gradient_agreement}
         if are_noise(config.gradient_agreement) and job.adapter.get("allocation") != "spectrum":
             say("these batches' gradients have too little in common: uniform ranks and the default start are taken")
@@ -70,22 +72,28 @@ def attach_by_gradients(
         model = peft.get_peft_model(base, config)
     else:
         model = peft.get_peft_model(base, config)
-        initialize_from_gradients(model, batches, _loss)
+        initialize_from_gradients(model, batches, loss)
     seconds = time.perf_counter() - started
     return model, {"warmup_epochs": epochs, "batches": count, "seconds": seconds, **facts}
 
 
 def warm_heads(
     base: nn.Module,
+    heads: Sequence[str],
     epochs: int,
     arguments: transformers.TrainingArguments,
     train: Train,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Trains the heads of a base model alone for so many epochs, in place."""
+    """Trains the heads of a base model, modules with these names, alone for so many epochs, in place."""
     if epochs:
+        if not heads:
+            raise ValueError(
+                f"no new head found in {type(base).__name__} to be trained before the pass of gradients; name it with "
+                "adapter.modules_to_save=[…], or leave it out with warmup_head=0"
+            )
         say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
-        with _only_heads_trained(base):
+        with _only_trained(base, heads):
             train(base, _warmup_arguments(arguments, epochs))
 
 
@@ -102,6 +110,12 @@ def warmup_epochs(job: Job) -> int:
     return 0 if job.task == "causal-lm" else 1
 
 
+def trained_whole(job: Job, base: transformers.PreTrainedModel) -> list[str]:
+    """Full names of what is trained whole beside an adapter: heads, and what the base's checkpoint lacks."""
+    named = [*(task_fields(job, base)["modules_to_save"] or ()), *_SAVED_BY_PEFT.get(job.task, ())]
+    return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
+
+
 def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) -> transformers.TrainingArguments:
     """Those of the training, for so many epochs, with nothing saved, logged or measured."""
     changed = copy.deepcopy(arguments)
@@ -113,14 +127,14 @@ def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) ->
 
 
 @contextmanager
-def _only_heads_trained(model: nn.Module) -> Iterator[None]:
+def _only_trained(model: nn.Module, heads: Sequence[str]) -> Iterator[None]:
     """While the context lasts, only the heads want gradients, and batch norms keep their statistics."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     norms = [module for module in model.modules() if has_statistics(module)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         model.requires_grad_(False)
-        for head in task_heads(model):
+        for head in heads:
             model.get_submodule(head).requires_grad_(True)
         for norm in norms:
             norm.momentum = 0.0
@@ -131,6 +145,28 @@ def _only_heads_trained(model: nn.Module) -> Iterator[None]:
         for norm, momentum, count in kept:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+
+def _checkpoint_activations(base: transformers.PreTrainedModel, arguments: transformers.TrainingArguments) -> None:
+    """Turns on what the Trainer is going to turn on; it acts in train mode alone."""
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    enable = enable or base.gradient_checkpointing_enable  # its name before transformers 5.23
+    options = dict(arguments.gradient_checkpointing_kwargs or {})
+    own = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+    enable(options or None, **own)
+    base.train()
+
+
+def _under_autocast(arguments: transformers.TrainingArguments) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """`_loss` in the mixed precision of the training; of fp16 a multiple, without which small gradients would be 0."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arguments.mixed_precision)
+    scale = 1024 if dtype is torch.float16 else 1  # ranks and start do not depend on it
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(arguments.device.type, dtype, enabled=dtype is not None):
+            return _loss(model, batch) * scale
+
+    return loss
 
 
 def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

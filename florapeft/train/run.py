@@ -179,8 +179,9 @@ def trainer_of_heads(
         trainer = make_trainer(job, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()
         # In half precision accelerate puts its own forward there. Its way back (unwrap_model) would also take away
-        # what transformers has wrapped around the model's.
-        for name in ("forward", "_original_forward"):
+        # what transformers has wrapped around the model's. The mark, which an adapted model shows too, would keep that
+        # from being prepared for half precision and for several processes.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             model.__dict__.pop(name, None)
             if name in own:
                 setattr(model, name, own[name])
