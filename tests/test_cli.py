@@ -1,5 +1,6 @@
 """The `flora` command: jobs end to end on tiny models and data, bad input, kill and resume, two processes."""
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import peft
 import pytest
 import torch
 import transformers
+import typer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,6 +23,7 @@ from florapeft.cli import _output
 from florapeft.cli._adapter import parse_targets
 from florapeft.cli._app import app
 from florapeft.train import merge as merge_module
+from florapeft.train import run as run_module
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "florapeft.cli"]
@@ -286,6 +290,54 @@ def test_output_is_never_overwritten_unasked(jobs, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "typo",
+    [
+        ["data.path=/none.jsonl"],
+        ["model=/none"],
+        ["adapter.target_modules=[no]"],
+        ["adapter.target_modules=[no]", "gradient_batches=1"],  # found after a head has been warmed up
+    ],
+)
+def test_a_job_that_cannot_begin_leaves_an_earlier_run_in_its_place(typo, jobs, tmp_path):
+    for output, more in ((tmp_path / "earlier", ["--overwrite"]), (tmp_path / "new", [])):
+        output.mkdir()
+        if more:
+            (output / "job.yaml").write_text("of the earlier run")
+        before = sorted(tmp_path.rglob("*"))
+        flora("train", *jobs[TEXT], *typo, f"output={output}", *more, code=1)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "earlier" / "job.yaml").read_text() == "of the earlier run"
+
+
+def test_overwriting_nothing_renames_nothing(jobs, tmp_path):
+    arguments = [*jobs[TEXT], "gradient_batches=1", "train.max_steps=1", f"output={tmp_path}/o", "--overwrite"]
+    assert "renamed" not in flora("train", *arguments)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_failed_evaluation_leaves_the_adapter(jobs, tmp_path, monkeypatch):
+    def fail(trainer):
+        raise OSError("image file is truncated")
+
+    monkeypatch.setattr(run_module, "evaluate", fail)
+    arguments = ["train.save_strategy=no", "train.eval_strategy=no", "train.max_steps=1", f"output={tmp_path}/o"]
+    _, stderr = flora("train", *jobs["causal-lm"], *arguments, code=1)
+    assert stderr.endswith("error: image file is truncated\n")
+    assert json.loads(flora("eval", tmp_path / "o", "--json")[0])["examples"]
+
+
+def test_the_best_checkpoint_needs_no_more_than_its_own_key(jobs, tiny, tmp_path):
+    arguments = ["train", *jobs[TEXT], "train.load_best_model_at_end=true", "train.num_train_epochs=2"]
+    flora(*arguments, f"output={tmp_path}/o")
+    states = [json.loads(path.read_text()) for path in (tmp_path / "o").rglob("trainer_state.json")]
+    last = max(states, key=lambda state: state["global_step"])
+    assert last["best_metric"] == min(e["eval_loss"] for e in last["log_history"] if "eval_loss" in e)
+    train_alone = f"data.path={tiny}/text/train.csv"
+    _, stderr = flora(*arguments, train_alone, f"output={tmp_path}/no", code=1)
+    assert "error: train.load_best_model_at_end needs a validation split" in stderr
+
+
 def test_a_failed_save_keeps_the_earlier_adapter(jobs, tmp_path, monkeypatch):
     arguments = ["train", *jobs["causal-lm"], "train.save_strategy=no", "train.max_steps=1", f"output={tmp_path}/o"]
     flora(*arguments)
@@ -318,6 +370,22 @@ def test_debug_shows_the_traceback(tmp_path):
     _, stderr = flora("eval", tmp_path / "none", "--debug", code=1)
     assert "Traceback (most recent call last)" in stderr
     assert stderr.endswith(f"error: adapter not found: {tmp_path}/none\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("data"), KeyboardInterrupt()])
+def test_a_bar_that_is_left_gives_the_cursor_back(error):
+    terminal = io.StringIO()
+
+    def command():
+        with _output.reporting(False, False) as output:
+            output.stderr = Console(file=terminal, force_terminal=True)
+            output.stages()("reading", 1, 3)
+            assert "\x1b[?25l" in terminal.getvalue()
+            raise error
+
+    with pytest.raises((typer.Exit, KeyboardInterrupt)):
+        command()
+    assert terminal.getvalue().count("\x1b[?25h") == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import florapeft
 from florapeft.cli._app import app
 from florapeft.train import gradients
-from florapeft.train.job import parse_job
+from florapeft.train.job import load_job, parse_job
 from florapeft.train.model import attach, load_base
 
 SMALL = "train.per_device_train_batch_size=4"
@@ -93,6 +93,19 @@ def test_resuming_takes_the_ranks_of_the_checkpoint(jobs, tmp_path):
     assert "gradients" not in second
     assert "looking at" not in stderr
     assert "trains from the default start" not in stderr
+
+
+@pytest.mark.parametrize("change", ["gradient_batches=1", "warmup_head=2"])
+def test_resuming_with_another_pass_is_refused(change, jobs, tmp_path):
+    arguments = [*jobs["text-classification"], *ADAPTER, f"output={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    before = load_job(arguments[0], arguments[1:]).to_yaml()
+    (tmp_path / "run" / "job.yaml").write_text(before)
+    _, stderr = flora("train", *arguments, change, "--resume", code=1)
+    key, value = change.split("=")
+    assert f"error: cannot resume {tmp_path / 'run'}: it began with {key} = " in stderr
+    assert stderr.endswith(f", now {key} = {value}\n")
+    assert (tmp_path / "run" / "job.yaml").read_text() == before
 
 
 def test_all_batches_where_there_are_fewer(jobs, tmp_path):

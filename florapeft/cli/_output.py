@@ -5,7 +5,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ class Output:
         self.as_json = as_json
         self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stdout = Console(highlight=False)
+        self.shown: list[Any] = []
 
     def say(self, text: str) -> None:
         """One line about what is going on."""
@@ -43,13 +44,20 @@ class Output:
         """A Trainer callback that shows the steps of one training run."""
         from florapeft.cli._progress import StepProgress
 
-        return StepProgress(self.stderr, label)
+        self.shown.append(StepProgress(self.stderr, label))
+        return self.shown[-1]
 
     def stages(self) -> Any:
         """A function of stage, number done and number of all that shows how far a long computation is."""
         from florapeft.cli._progress import StageProgress
 
-        return StageProgress(self.stderr)
+        self.shown.append(StageProgress(self.stderr))
+        return self.shown[-1]
+
+    def close(self) -> None:
+        """Stops the bars that an error or Ctrl-C has left: while one is shown, a terminal has no cursor."""
+        for progress in self.shown:
+            progress.stop()
 
     def result(self, record: dict[str, Any], show: Callable[[Console, dict[str, Any]], None]) -> None:
         """The results: as JSON if asked, else by `show`."""
@@ -68,7 +76,7 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Output]:
     """Yields the Output of a command; an exception inside becomes one line on stderr and exit code 1."""
     output = Output(as_json)
     try:
-        with warnings.catch_warnings(), _notes(output):
+        with closing(output), warnings.catch_warnings(), _notes(output):
             if not debug:
                 _calm(output)
             yield output

@@ -24,11 +24,12 @@ from torch import nn
 from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, attaches, fitting, shared, trainable
 from florapeft.train.gradients import trained_whole, warm_heads, warmup_epochs
-from florapeft.train.job import ROLES, Job, closest, load_job
+from florapeft.train.job import ROLES, Job, closest
 from florapeft.train.model import attach, load_base, load_collator, muted, task_fields
 from florapeft.train.record import commit, versions
 from florapeft.train.run import (
     attach_adapter,
+    check_same_job,
     count_parameters,
     evaluate,
     make_trainer,
@@ -156,12 +157,7 @@ def _checked(job: Job, others: Sequence[str], seeds: Sequence[int], rates: Seque
 
 def _earlier_trials(job: Job, output: Path, say: Say) -> list[dict[str, Any]]:
     """What is in the results file of the same comparison, where a perplexity that is not finite is null."""
-    began = load_job(output / JOB_FILE)
-    for key in ("task", "model", "data", "adapter", "train", "gradient_batches", "warmup_head"):
-        if getattr(began, key) != getattr(job, key):
-            raise ValueError(
-                f"cannot resume {output}: it began with {key} = {getattr(began, key)}, now {key} = {getattr(job, key)}"
-            )
+    check_same_job(job, output, "train")
     file = output / RESULTS_FILE
     try:
         trials = json.loads(file.read_text(encoding="utf-8"))["trials"] if file.is_file() else []

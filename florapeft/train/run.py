@@ -18,7 +18,15 @@ from florapeft.train.gradients import Train, attach_as_in, attach_by_gradients
 from florapeft.train.job import Job, load_job
 from florapeft.train.model import attach, load_base, load_collator
 from florapeft.train.record import versions
-from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, last_checkpoint, prepare_output, write_json
+from florapeft.train.save import (
+    JOB_FILE,
+    atomic_folder,
+    atomic_write,
+    check_output,
+    last_checkpoint,
+    set_aside,
+    write_json,
+)
 
 Say = Callable[[str], None]
 
@@ -38,7 +46,7 @@ def run_job(
     Args:
         job: what to do.
         resume: go on from the last complete checkpoint in `<output>/checkpoints`, or from the start if there is none.
-        overwrite: an earlier run in `<output>` is renamed instead of being an error.
+        overwrite: an earlier run in `<output>` is renamed instead of being an error, once this one is about to train.
         say: called with a line at each stage.
         callbacks: further Trainer callbacks, such as a progress display.
 
@@ -49,15 +57,15 @@ def run_job(
     arguments = training_arguments(job)
     checkpoint = None
     if arguments.process_index == 0:
-        note = prepare_output(output, resume=resume, overwrite=overwrite)
-        if note:
-            say(note)
+        check_output(output, resume=resume, overwrite=overwrite)
     if resume:
         check_same_job(job, output)
         checkpoint = last_checkpoint(output / "checkpoints")
         say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint yet: starting over")
     say("loading the data")
     examples = load_examples(job, ("train", "validation"), ("train",))
+    if arguments.load_best_model_at_end and "validation" not in examples.splits:
+        raise ValueError("train.load_best_model_at_end needs a validation split; give one in `data`, or data.holdout")
     job.labels = examples.labels
     say(f"loading the model {job.model}")
     transformers.set_seed(arguments.seed)
@@ -65,15 +73,17 @@ def run_job(
     collator = load_collator(job, base)
     model, gradients = attach_adapter(job, base, collator, examples, arguments, callbacks, checkpoint, say)
     trainer = make_trainer(job, model, collator, examples, arguments, callbacks)
-    if arguments.process_index == 0:  # not before: a job that fails up to here leaves an empty folder
+    if arguments.process_index == 0:  # not before: a job that fails up to here leaves an earlier run where it is
+        if overwrite and (note := set_aside(output)):
+            say(note)
         atomic_write(output / JOB_FILE, job.to_yaml())
     say(f"training on {len(examples.splits['train'])} examples")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     check_finite(model, output)
-    metrics = evaluate(trainer) if "validation" in examples.splits else {}
     save_adapter(trainer, job, output / "adapter")
+    metrics = evaluate(trainer) if "validation" in examples.splits else {}
     record = describe(job, model, examples, trainer, metrics, checkpoint) | {"seconds": seconds}
     if gradients:
         record["gradients"] = gradients
@@ -90,6 +100,7 @@ def training_arguments(job: Job) -> transformers.TrainingArguments:
         "label_names": ["labels"],
         # Without it, on a machine with no accelerator, bf16 is refused and torchrun's processes do not find each other.
         "use_cpu": not torch.accelerator.is_available(),
+        "eval_strategy": "epoch",  # `make_trainer` takes it back where there is no validation split
         **job.train,
     }
     try:
@@ -98,10 +109,10 @@ def training_arguments(job: Job) -> transformers.TrainingArguments:
         raise ValueError(f"train: {' '.join(str(error).split())}") from error
 
 
-def check_same_job(job: Job, output: Path) -> None:
-    """A run is resumed with the model, data and adapter that it began with; `train` may differ."""
+def check_same_job(job: Job, output: Path, *more: str) -> None:
+    """A run is resumed with the model, data, adapter and pass of gradients that it began with; `more` adds keys."""
     began = load_job(output / JOB_FILE)
-    for key in ("task", "model", "data", "adapter"):
+    for key in ("task", "model", "data", "adapter", "gradient_batches", "warmup_head", *more):
         if getattr(began, key) != getattr(job, key):
             raise ValueError(
                 f"cannot resume {output}: it began with {key} = {getattr(began, key)}, now {key} = {getattr(job, key)}"
@@ -120,8 +131,8 @@ def make_trainer(
 ) -> transformers.Trainer:
     """A Trainer for the job; TensorBoard files go to `<output>/logs` unless the job names other reports, or `quiet`."""
     rows = _rows(job, examples)
-    if "validation" in rows and "eval_strategy" not in job.train and not quiet:
-        arguments.eval_strategy = transformers.IntervalStrategy.EPOCH
+    if "validation" not in rows and "eval_strategy" not in job.train:
+        arguments.eval_strategy = transformers.IntervalStrategy.NO
     callbacks = list(callbacks)
     if "report_to" not in job.train and not quiet:
         board = TensorBoardCallback()
@@ -175,6 +186,7 @@ def trainer_of_heads(
     """What trains a base model's heads before anything is attached to it."""
 
     def train(model: torch.nn.Module, arguments: transformers.TrainingArguments) -> None:
+        arguments.output_dir = job.output  # a Trainer makes this folder, and `checkpoints` is for the run itself
         own = dict(vars(model))
         trainer = make_trainer(job, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()

@@ -69,21 +69,23 @@ def to_json(record: Any) -> str:
 def prepare_output(
     output: Path, *, resume: bool = False, overwrite: bool = False, can_resume: bool = True
 ) -> str | None:
+    """`check_output`, and with `overwrite` at once `set_aside`; returns what that returns."""
+    check_output(output, resume=resume, overwrite=overwrite, can_resume=can_resume)
+    return set_aside(output) if overwrite else None
+
+
+def check_output(output: Path, *, resume: bool = False, overwrite: bool = False, can_resume: bool = True) -> None:
     """Makes the output folder of a training run, or finds it fit to be used; run by one process.
 
-    A new or empty folder is taken. Of an earlier run, `resume` goes on in its folder, and `overwrite` renames that
-    folder to `<output>.old-N` (checkpoints are never deleted). Folders that `flora train` did not write are left alone.
-    Where a run cannot be gone on with (`can_resume`), that is not offered.
-
-    Returns:
-        What the user should know (an older run was renamed), or None.
+    A new or empty folder is taken; that of an earlier run with `resume`, to go on in it, or with `overwrite`, for
+    `set_aside`. Folders that `flora train` did not write are left alone. Where a run cannot be gone on with
+    (`can_resume`), that is not offered.
 
     Raises:
         ValueError, OSError: one line that names `output` and the ways out.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    note = None
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file; a folder is needed")
     is_empty = not output.exists() or not any(output.iterdir())
@@ -93,11 +95,7 @@ def prepare_output(
         raise FileNotFoundError(f"nothing to resume: output {output} {found}")
     if not is_empty and not is_ours:
         raise FileExistsError(f"output {output} exists and was not written by flora train; give another output")
-    if not is_empty and overwrite:
-        older = first_free(output, ".old-", start=1)
-        output.rename(older)
-        note = f"the earlier run in {output} was renamed to {older}"
-    elif not is_empty and not resume:
+    if not is_empty and not resume and not overwrite:
         ways = "continue it with --resume, or" if can_resume else "or"
         raise FileExistsError(f"output {output} exists; give another output, {ways} replace it with --overwrite")
     try:
@@ -106,7 +104,20 @@ def prepare_output(
         (output / ".writable").unlink()
     except OSError as error:
         raise OSError(f"cannot write to output {output}: {_reason(error)}") from error
-    return note
+
+
+def set_aside(output: Path) -> str | None:
+    """Renames an earlier run's folder to `<output>.old-N`, for checkpoints are never deleted; `output` is empty then.
+
+    Returns:
+        What the user should know, or None if there is no earlier run.
+    """
+    if not (output / JOB_FILE).is_file():
+        return None
+    older = first_free(output, ".old-", start=1)
+    output.rename(older)
+    output.mkdir()
+    return f"the earlier run in {output} was renamed to {older}"
 
 
 def first_free(path: Path, separator: str, start: int) -> Path:
