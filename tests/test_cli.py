@@ -284,10 +284,7 @@ def test_output_is_never_overwritten_unasked(jobs, tmp_path):
     for path, content in before.items():
         assert (tmp_path / "o.old-1" / path.relative_to(tmp_path / "o")).read_bytes() == content
     _, stderr = flora(*arguments, "adapter.r=2", "--resume", code=1)
-    assert (
-        f"error: cannot resume {tmp_path}/o: it began with adapter = {{'r': 8, 'target_modules': 'all-linear'}}"
-        in stderr
-    )
+    assert f"error: cannot resume {tmp_path}/o: it began with adapter.r = 8, now adapter.r = 2\n" in stderr
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, 
     assert trained == [("full", 1)]
     assert [row["accuracy_mean"] for row in again["methods"]] == [row["accuracy_mean"] for row in record["methods"]]
     _, stderr = flora("compare", *arguments, "train.max_steps=3", *options, "--resume", code=1)
-    assert stderr.splitlines()[-1].startswith(f"error: cannot resume {folder}: it began with train = ")
+    change = "it began with train.max_steps = 2, now train.max_steps = 3"
+    assert stderr.splitlines()[-1] == f"error: cannot resume {folder}: {change}"
 
 
 def test_a_perplexity_that_is_not_finite_is_the_worst_also_after_resuming(jobs, tmp_path):

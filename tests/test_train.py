@@ -128,6 +128,26 @@ def test_a_key_that_is_null_counts_as_not_given():
     assert job.parse_job(job.apply_overrides({**GOOD, "data": {"path": "d.csv"}}, changes)) == job.parse_job(GOOD)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.path.test=new.csv"], "it began with data.path.test = c.csv, now data.path.test = new.csv"),
+        (["data.path=d.csv"], "it began with data.path = {'train': 'a.csv', 'test': 'c.csv'}, now data.path = d.csv"),
+        (["data.subset=x"], "it began with data.subset = None, now data.subset = x"),
+        (["adapter.r=4"], "it began with adapter.r = 16, now adapter.r = 4"),
+        (["adapter.r=null", "adapter.budget=9"], "it began with adapter.r = 16, now adapter.r = None"),
+        (["model=n"], "it began with model = m, now model = n"),
+    ],
+)
+def test_a_run_of_another_job_is_not_resumed(changes, message, tmp_path):
+    began = {**GOOD, "data": {"path": {"train": "a.csv", "test": "c.csv"}}, "adapter": {"r": 16}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(began, sort_keys=False))
+    now = job.load_job(tmp_path / "job.yaml", changes)
+    with pytest.raises(ValueError, match="cannot resume") as error:
+        run.check_same_job(now, tmp_path)
+    assert str(error.value) == f"cannot resume {tmp_path}: {message}"
+
+
 def test_local_paths_are_saved_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.csv").touch()

@@ -101,6 +101,16 @@ class Job:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The key, such as data.path.test, under which two unlike values of a job's `key` differ first, and what it holds."""
+    before, now = (dataclasses.asdict(value) if isinstance(value, DataSpec) else value for value in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                return first_difference(f"{key}.{name}", before.get(name), now.get(name))
+    return key, before, now
+
+
 class _Loader(yaml.SafeLoader):
     """safe_load that reads as YAML 1.2 does, and for which a key given twice is an error.
 

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.gradients import Train, attach_as_in, attach_by_gradients
-from florapeft.train.job import Job, load_job
+from florapeft.train.job import Job, first_difference, load_job
 from florapeft.train.model import attach, load_base, load_collator
 from florapeft.train.record import versions
 from florapeft.train.save import (
@@ -114,9 +114,8 @@ def check_same_job(job: Job, output: Path, *more: str) -> None:
     began = load_job(output / JOB_FILE)
     for key in ("task", "model", "data", "adapter", "gradient_batches", "warmup_head", *more):
         if getattr(began, key) != getattr(job, key):
-            raise ValueError(
-                f"cannot resume {output}: it began with {key} = {getattr(began, key)}, now {key} = {getattr(job, key)}"
-            )
+            name, before, now = first_difference(key, getattr(began, key), getattr(job, key))
+            raise ValueError(f"cannot resume {output}: it began with {name} = {before}, now {name} = {now}")
 
 
 def make_trainer(
