@@ -102,7 +102,7 @@ class Job:
 
 
 def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The key, such as data.path.test, under which two unlike values of a job's `key` differ first, and what it holds."""
+    """The key, such as data.path.test, under which two unlike values of a job's `key` differ first; and both values."""
     before, now = (dataclasses.asdict(value) if isinstance(value, DataSpec) else value for value in (before, now))
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**before, **now}:
