@@ -108,6 +108,22 @@ def test_resuming_with_another_pass_is_refused(change, jobs, tmp_path):
     assert (tmp_path / "run" / "job.yaml").read_text() == before
 
 
+def test_what_fails_before_the_training_leaves_an_empty_folder(jobs, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    arguments = ["train", *jobs["text-classification"], SMALL, "gradient_batches=2", f"output={output}"]
+    _, stderr = flora(*arguments, "adapter.budget=30", code=1)
+    assert "a budget of 30 parameters is too small" in stderr
+    assert "training the new head" not in stderr
+
+    def fail(model, config, batches, loss):
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(gradients, "allocate", fail)
+    _, stderr = flora(*arguments, "adapter.budget=0.1", code=1)
+    assert "training the new head" in stderr
+    assert not list(output.iterdir()), "or the next run would be refused"
+
+
 def test_all_batches_where_there_are_fewer(jobs, tmp_path):
     arguments = [*jobs["image-classification"], "gradient_batches=1000", "train.num_train_epochs=1"]
     record = json.loads(flora("train", *arguments, f"output={tmp_path / 'run'}", "--json")[0])
@@ -116,6 +132,7 @@ def test_all_batches_where_there_are_fewer(jobs, tmp_path):
 
 def test_processes_share_the_batches_out(monkeypatch):
     monkeypatch.setattr(gradients.peft, "get_peft_model", lambda model, config: model)
+    monkeypatch.setattr(gradients, "plan", lambda model, config: None)
 
     def seen(process, processes):
         batches = []

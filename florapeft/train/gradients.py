@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from florapeft import FloraConfig, allocate, initialize_from_gradients
+from florapeft import FloraConfig, allocate, initialize_from_gradients, plan
 from florapeft.batch_norm import has_statistics
 from florapeft.gradients import are_noise
 from florapeft.train.job import Job
-from florapeft.train.model import _SAVED_BY_PEFT, adapter_config, task_fields
+from florapeft.train.model import SAVED_BY_PEFT, adapter_config, muted, task_fields
 
 Train = Callable[[nn.Module, transformers.TrainingArguments], Any]
 
@@ -49,6 +50,8 @@ def attach_by_gradients(
         and, of ranks from gradients, how far the batches agree. Where that is too little, ranks are uniform and the
         start is the default, unless the job asks for `allocation: spectrum`.
     """
+    with muted("florapeft"):  # what does not fit is found before the head is trained; what is noted is said later
+        plan(base, adapter_config(job, base, allocation="uniform"))
     started, epochs = time.perf_counter(), warmup_epochs(job)
     size = arguments.train_batch_size
     count = min(job.gradient_batches, math.ceil(len(rows) / size))
@@ -93,8 +96,8 @@ def warm_heads(
                 "adapter.modules_to_save=[…], or leave it out with warmup_head=0"
             )
         say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
-        with _only_trained(base, heads):
-            train(base, _warmup_arguments(arguments, epochs))
+        with tempfile.TemporaryDirectory() as scratch, _only_trained(base, heads):
+            train(base, _warmup_arguments(arguments, epochs, scratch))
 
 
 def attach_as_in(job: Job, base: transformers.PreTrainedModel, checkpoint: Path) -> peft.PeftModel:
@@ -112,14 +115,16 @@ def warmup_epochs(job: Job) -> int:
 
 def trained_whole(job: Job, base: transformers.PreTrainedModel) -> list[str]:
     """Full names of what is trained whole beside an adapter: heads, and what the base's checkpoint lacks."""
-    named = [*(task_fields(job, base)["modules_to_save"] or ()), *_SAVED_BY_PEFT.get(job.task, ())]
+    named = [*(task_fields(job, base)["modules_to_save"] or ()), *SAVED_BY_PEFT.get(job.task, ())]
     return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
 
 
-def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) -> transformers.TrainingArguments:
-    """Those of the training, for so many epochs, with nothing saved, logged or measured."""
+def _warmup_arguments(
+    arguments: transformers.TrainingArguments, epochs: int, folder: str
+) -> transformers.TrainingArguments:
+    """Those of the training, for so many epochs, with nothing saved, logged or measured; the Trainer wants a folder."""
     changed = copy.deepcopy(arguments)
-    changed.num_train_epochs, changed.max_steps, changed.report_to = epochs, -1, []
+    changed.output_dir, changed.num_train_epochs, changed.max_steps, changed.report_to = folder, epochs, -1, []
     changed.eval_strategy = transformers.IntervalStrategy.NO
     changed.save_strategy = transformers.trainer_utils.SaveStrategy.NO
     changed.load_best_model_at_end = False

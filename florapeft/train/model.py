@@ -23,7 +23,7 @@ _AUTO_CLASS = {
     "causal-lm": transformers.AutoModelForCausalLM,
 }
 _TASK_TYPE = {"image-classification": None, "text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-_SAVED_BY_PEFT = {"text-classification": ("classifier", "score")}  # with every adapter of the task's type
+SAVED_BY_PEFT = {"text-classification": ("classifier", "score")}  # with every adapter of the task's type
 IGNORED = -100  # a label that transformers' losses leave out
 
 
@@ -106,7 +106,7 @@ def task_fields(job: Job, base: transformers.PreTrainedModel) -> dict[str, Any]:
     saved = job.adapter.get("modules_to_save")
     if saved is None:
         saved = find_heads(base) if job.task == "image-classification" else []
-    new = new_beside_heads(base, [*saved, *_SAVED_BY_PEFT.get(job.task, ())])
+    new = new_beside_heads(base, [*saved, *SAVED_BY_PEFT.get(job.task, ())])
     return {"task_type": _TASK_TYPE[job.task], "modules_to_save": [*saved, *new] or None}
 
 
