@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,8 +95,8 @@ def warm_heads(
                 "adapter.modules_to_save=[…], or leave it out with warmup_head=0"
             )
         say(f"training the new head alone for {epochs} epoch" + ("s" if epochs > 1 else ""))
-        with tempfile.TemporaryDirectory() as scratch, _only_trained(base, heads):
-            train(base, _warmup_arguments(arguments, epochs, scratch))
+        with _only_trained(base, heads):
+            train(base, _warmup_arguments(arguments, epochs))
 
 
 def attach_as_in(job: Job, base: transformers.PreTrainedModel, checkpoint: Path) -> peft.PeftModel:
@@ -119,12 +118,10 @@ def trained_whole(job: Job, base: transformers.PreTrainedModel) -> list[str]:
     return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
 
 
-def _warmup_arguments(
-    arguments: transformers.TrainingArguments, epochs: int, folder: str
-) -> transformers.TrainingArguments:
-    """Those of the training, for so many epochs, with nothing saved, logged or measured; the Trainer wants a folder."""
+def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) -> transformers.TrainingArguments:
+    """Those of the training, for so many epochs, with nothing saved, logged or measured."""
     changed = copy.deepcopy(arguments)
-    changed.output_dir, changed.num_train_epochs, changed.max_steps, changed.report_to = folder, epochs, -1, []
+    changed.num_train_epochs, changed.max_steps, changed.report_to = epochs, -1, []
     changed.eval_strategy = transformers.IntervalStrategy.NO
     changed.save_strategy = transformers.trainer_utils.SaveStrategy.NO
     changed.load_best_model_at_end = False
