@@ -71,6 +71,14 @@ def test_folder_is_a_run(compared):
     assert measured["accuracy"] == record["methods"][0]["runs"][0]["accuracy"]
 
 
+def test_what_fails_leaves_an_earlier_run_where_it_is(compared, arguments):
+    folder, record = compared
+    wrong = ["adapter.target_modules=[nix]", "-o", folder, "--overwrite"]
+    _, stderr = flora("compare", *arguments, *wrong, code=1)
+    assert "nix" in stderr
+    assert json.loads((folder / "results.json").read_text()) == record
+
+
 def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, tmp_path):
     folder, record = compared
     results = json.loads((folder / "results.json").read_text())

@@ -80,9 +80,9 @@ def _show_job(console: Console, record: dict[str, Any]) -> None:
 def _show_builtin(console: Console, record: dict[str, Any]) -> None:
     title = f"{record['description']}; mean ± standard deviation over {len(record['seeds'])} seeds"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # nothing is cut on a narrow screen or in a pipe
     for column in ("accuracy", "parameters", "share", "new head", "seconds", "size"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     for method in record["methods"]:
         table.add_row(
             method["label"],

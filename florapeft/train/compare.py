@@ -36,7 +36,7 @@ from florapeft.train.run import (
     trainer_of_heads,
     training_arguments,
 )
-from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, prepare_output, write_json
+from florapeft.train.save import JOB_FILE, atomic_folder, atomic_write, check_output, set_aside, write_json
 from florapeft.train.trials import climb, difference, spread
 
 LABELS = {
@@ -118,15 +118,15 @@ def run_comparison(
     say("loading the data")
     examples = load_examples(job, ROLES, ROLES)
     output = Path(job.output)
-    note = prepare_output(output, resume=resume, overwrite=overwrite)
-    if note:
-        say(note)
+    check_output(output, resume=resume, overwrite=overwrite)
     trials = _earlier_trials(job, output, say) if resume else []
     job.labels = examples.labels
-    if not resume:
-        atomic_write(output / JOB_FILE, job.to_yaml())
     say(f"loading the model {job.model}, and finding ranks with equal numbers of parameters")
     goal, places = _places(job, examples, [method for method in methods if method in RIVALS])
+    if not resume:  # not before: what fails up to here leaves an earlier run where it is
+        if overwrite and (note := set_aside(output)):
+            say(note)
+        atomic_write(output / JOB_FILE, job.to_yaml())
     metric = "perplexity" if job.task == "causal-lm" else "accuracy"
     comparison = Comparison(job, list(seeds), examples, metric, goal, places, track, trials)
     chosen = {}
