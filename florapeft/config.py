@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 
@@ -36,8 +37,7 @@ class FloraConfig(PeftConfig):
             `modules_to_save` are not counted.
         allocation: how a budget is spread without data: "uniform" gives all modes of all targets the same share of
             their size as rank, as nearly as the budget allows; "spectrum" is what `florapeft.allocate` does.
-        ranks: resolved ranks, `{full module name: [r_0, …]}`; an adapter with a budget has them in its own, saved copy
-            of this configuration. Targets that are not
+        ranks: resolved ranks, `{full module name: [r_0, …]}`. Written when a budget is solved; targets that are not
             listed are not adapted. Where it is set, `budget` is only a record.
         scale: the paper's s, a plain multiplier of the update (never divided by a rank).
         flora_dropout: probability of dropping an entry of the adapter's input while training.
@@ -125,6 +125,8 @@ class FloraConfig(PeftConfig):
     gradient_agreement = None
     # Nor this: whether an adapter that is attached with it has yet to get its values, from the file this was read from.
     awaits_values = False
+    # Nor this: fields that attaching has written, each with what was given and what it became.
+    resolved: ClassVar[dict[str, tuple[Any, Any]]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,6 +232,15 @@ class FloraConfig(PeftConfig):
         config = super().from_pretrained(*args, **kwargs)
         config.awaits_values = True
         return config
+
+    def as_given(self) -> FloraConfig:
+        """A copy for another model, without what attaching to one has written into this; later changes are kept."""
+        given = copy(self)
+        for name, (before, after) in self.resolved.items():
+            if getattr(self, name) is after:
+                setattr(given, name, before)
+        given.resolved = {}
+        return given
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets as sorted lists, so that equal configurations are saved as equal files."""

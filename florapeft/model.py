@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from typing import Any
 
 from peft import PeftModel
@@ -94,11 +93,10 @@ class FloraModel(BaseTuner):
         Finding "embed_tokens" among those, PEFT would save the whole base embedding beside the adapter.
         """
         check_adapter_name(adapter_name, model)
-        given = config = self.peft_config[adapter_name]
-        is_open = is_shorthand(config.target_modules) or (config.budget is not None and config.ranks is None)
-        if is_open and not config.inference_mode:
-            # What is resolved holds for this model alone; the given configuration may be attached to another one.
-            config = self.peft_config[adapter_name] = copy(config)
+        config = self.peft_config[adapter_name]
+        if config.resolved and not config.inference_mode:  # attached before, and that adapter saves what it is
+            config = self.peft_config[adapter_name] = config.as_given()
+        given = {"target_modules": config.target_modules, "ranks": config.ranks}
         if not config.inference_mode:
             warn_of_unmatched(config, model)
         with warnings.catch_warnings():
@@ -107,6 +105,8 @@ class FloraModel(BaseTuner):
             warnings.filterwarnings("ignore", message="You have passed exclude_modules=")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = self._target_modules
+        now = {name: (value, getattr(config, name)) for name, value in given.items()}
+        config.resolved = {name: values for name, values in now.items() if values[0] != values[1]}
         if config.save_batch_norm:
             self._keep_statistics(model, adapter_name)
         elif not config.inference_mode:
@@ -117,7 +117,7 @@ class FloraModel(BaseTuner):
                 f"adapter {adapter_name!r} has init_weights='gradient' and trains from the default start: "
                 "florapeft.initialize_from_gradients was not called",
             )
-        given.gradient_bases = config.gradient_bases = None  # they have served
+        config.gradient_bases = None  # they have served
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)

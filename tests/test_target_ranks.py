@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -45,18 +46,37 @@ class TestBudget:
         assert ranks == {None: [3, 3], 2: [2, 2]}
 
     def test_one_configuration_serves_several_models(self):
-        config = FloraConfig(budget=200, target_modules="all-weights")
-        before = config.to_dict()
+        config, models = FloraConfig(budget=200, target_modules="all-weights"), []
         for budget in (200, 400):
             config.budget = budget
-            model = get_peft_model(mlp(), config)
-            assert budget - 51 < model.get_nb_trainable_parameters()[0] <= budget
-            assert model.peft_config["default"].target_modules == {"0", "2"}
+            models.append(get_peft_model(mlp(), config))
+            assert budget - 51 < models[-1].get_nb_trainable_parameters()[0] <= budget
+            assert models[-1].peft_config["default"].target_modules == {"0", "2"}
         other = get_peft_model(nn.Sequential(nn.Conv2d(9, 8, 3)), config)
         assert other.peft_config["default"].ranks.keys() == {"0"}
-        other.add_adapter("second", config)
-        config.budget = 200
-        assert config.to_dict() == before
+        models[0].add_adapter("second", config)
+        first, second = models[0].peft_config.values()
+        assert first.ranks != second.ranks
+        assert second.ranks == models[1].peft_config["default"].ranks
+        config.ranks = {"0": [2, 2]}  # asked for since
+        assert get_peft_model(mlp(), config).peft_config["default"].ranks == {"0": [2, 2]}
+
+    @pytest.mark.parametrize(
+        ("task", "network", "head"),
+        [
+            ("TOKEN_CLS", "BertForTokenClassification", "classifier"),
+            ("QUESTION_ANS", "BertForQuestionAnswering", "qa_outputs"),
+            ("SEQ_CLS", "BertForSequenceClassification", "classifier"),
+        ],
+    )
+    def test_heads_that_peft_adds_are_saved(self, task, network, head):
+        config = FloraConfig(budget=500, target_modules="all-weights", task_type=task)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        for _ in range(2):
+            net = getattr(transformers, network)(transformers.BertConfig(vocab_size=20, **sizes))
+            model = get_peft_model(net, config)
+            assert head in model.peft_config["default"].modules_to_save
+            assert any(f"{head}.modules_to_save." in name for name, _ in model.named_parameters())
 
     def test_says_what_it_cannot_spend(self, caplog):
         with caplog.at_level("WARNING", logger="florapeft"):
