@@ -103,7 +103,7 @@ _LEADS = ["LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradi
 
 def summary() -> Lines:
     """Per task, by how much FLoRA's recipe is ahead of the others, at equal parameters but for full fine-tuning."""
-    found = {task: read(f"accuracy_{task}")["methods"] for task in _MEASURED}
+    found = {task: read(f"accuracy_{task}")["methods"] for task in _NAMES}
     lines = [[_NAMES[task], *_leads(rows)] for task, rows in found.items()]
     means = [[_ahead(found[task], method)["mean"] for method in _compared(found[task])] for task in _CONVOLUTIONAL]
     averages = [f"{100 * statistics.mean(column):+.1f}" for column in zip(*means, strict=True)]
@@ -114,8 +114,8 @@ def summary() -> Lines:
 def length() -> Lines:
     """The same where training was longer too."""
     lines = []
-    for task in _MEASURED:
-        longer = sorted((read(path.stem) for path in RESULTS.glob(f"accuracy_{task}_*_epochs.json")), key=_epochs)
+    for task in _NAMES:
+        longer = sorted((read(path.stem) for path in RESULTS.glob(f"accuracy_{task}_[0-9]*_epochs.json")), key=_epochs)
         for results in [read(f"accuracy_{task}"), *longer] if longer else []:
             lines.append([_NAMES[task], _epochs(results), *_leads(results["methods"])])
     return ["task", "epochs", "FLoRA", *_LEADS], lines
@@ -221,14 +221,13 @@ def _interval(given: dict[str, float | None] | None) -> str:
 
 _STUDIED = {task: read(f"studies_{task}")["studies"] for task in _NAMES if (RESULTS / f"studies_{task}.json").exists()}
 _STUDIES = {name for studies in _STUDIED.values() for name in studies} - {"rates"}
-_MEASURED = [task for task in _NAMES if (RESULTS / f"accuracy_{task}.json").exists()]
-CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _MEASURED}
+CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _NAMES}
 TABLES = {
     "evidence": summary,
     "agreement": agreement,
     "noise": noise,
-    **({"length": length} if list(RESULTS.glob("accuracy_*_epochs.json")) else {}),
-    **{f"budgets-{task}": budgets(task) for task in _MEASURED if read(f"accuracy_{task}")["other_budgets"]},
+    "length": length,
+    **{f"budgets-{task}": budgets(task) for task in _NAMES if read(f"accuracy_{task}")["other_budgets"]},
     **{f"study-{name}": study(name) for name in _STUDIES},
-    **({"study-rates": rates} if any("rates" in studies for studies in _STUDIED.values()) else {}),
+    "study-rates": rates,
 }

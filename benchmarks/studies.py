@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -98,7 +97,7 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "uniform": Variant(),
         **{f"uniform, kernel rank {r}": Variant(partial(gradient_start, kernel_r=r)) for r in (1, 2, 3)},
         "spectrum": Variant(SPECTRUM),
-        "spectrum, kernel rank 2": Variant(partial(gradient_start, allocation="spectrum", kernel_r=2)),
+        "spectrum, kernel rank 2": Variant(partial(SPECTRUM, kernel_r=2)),
         "exact energies of the gradient": Variant(exact_energies),
     },
     "factor-rates": {
@@ -132,7 +131,7 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
     model = case.model(seed)
     torch.manual_seed(seed)
     model = variant.build(case, model, seed)
-    began = time.process_time()
+    began = case.seconds()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parts: dict[str, list[nn.Parameter]] = {"head": [], "core": [], "factors": []}
     for key, parameter in trained.items():
@@ -158,7 +157,7 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
         "validation": case.score(model, case.task.validation),
         "test": case.score(model, case.task.test),
         "parameters": parameters,
-        "seconds": round(time.process_time() - began, 2),
+        "seconds": round(case.seconds() - began, 2),
     }
 
 

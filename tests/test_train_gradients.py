@@ -17,7 +17,7 @@ import florapeft
 from florapeft.cli._app import app
 from florapeft.train import gradients
 from florapeft.train.job import load_job, parse_job
-from florapeft.train.model import attach, load_base
+from florapeft.train.model import attach, load_base, trained_whole
 
 SMALL = "train.per_device_train_batch_size=4"
 ADAPTER = [SMALL, "adapter.budget=0.1", "train.num_train_epochs=1", "gradient_batches=2"]
@@ -249,7 +249,7 @@ def test_what_is_warmed_up_is_what_is_saved(name, more, expected, tmp_path):
     cls(cls.config_class(vocab_size=20, num_labels=2, **sizes)).save_pretrained(tmp_path)
     job = parse_job({**TEXT, "model": str(tmp_path), "adapter": {"r": 2, **more}})
     base = load_base(job.task, job.model, ["a", "b"])
-    assert gradients.trained_whole(job, base) == expected
+    assert trained_whole(job, base) == expected
     adapted = attach(job, base).get_base_model()
     assert [n for n, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)] == expected
 

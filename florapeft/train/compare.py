@@ -23,9 +23,9 @@ from torch import nn
 
 from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, attaches, fitting, shared, trainable
-from florapeft.train.gradients import trained_whole, warm_heads, warmup_epochs
+from florapeft.train.gradients import warm_heads, warmup_epochs
 from florapeft.train.job import ROLES, Job, closest
-from florapeft.train.model import attach, load_base, load_collator, muted, task_fields
+from florapeft.train.model import attach, load_base, load_collator, muted, task_fields, trained_whole
 from florapeft.train.record import commit, versions
 from florapeft.train.run import (
     attach_adapter,

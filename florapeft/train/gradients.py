@@ -19,7 +19,7 @@ from florapeft import FloraConfig, allocate, initialize_from_gradients, plan
 from florapeft.batch_norm import has_statistics
 from florapeft.gradients import are_noise
 from florapeft.train.job import Job
-from florapeft.train.model import SAVED_BY_PEFT, adapter_config, muted, task_fields
+from florapeft.train.model import adapter_config, muted, trained_whole
 
 Train = Callable[[nn.Module, transformers.TrainingArguments], Any]
 
@@ -110,12 +110,6 @@ def warmup_epochs(job: Job) -> int:
     if job.warmup_head is not None:
         return job.warmup_head
     return 0 if job.task == "causal-lm" else 1
-
-
-def trained_whole(job: Job, base: transformers.PreTrainedModel) -> list[str]:
-    """Full names of what is trained whole beside an adapter: heads, and what the base's checkpoint lacks."""
-    named = [*(task_fields(job, base)["modules_to_save"] or ()), *SAVED_BY_PEFT.get(job.task, ())]
-    return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
 
 
 def _warmup_arguments(arguments: transformers.TrainingArguments, epochs: int) -> transformers.TrainingArguments:

@@ -10,6 +10,7 @@ import peft
 import torch
 import transformers
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from florapeft import FloraConfig
@@ -23,7 +24,7 @@ _AUTO_CLASS = {
     "causal-lm": transformers.AutoModelForCausalLM,
 }
 _TASK_TYPE = {"image-classification": None, "text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-SAVED_BY_PEFT = {"text-classification": ("classifier", "score")}  # with every adapter of the task's type
+_SAVED_BY_PEFT = {"text-classification": SEQ_CLS_HEAD_NAMES}  # with every adapter of the task's type
 IGNORED = -100  # a label that transformers' losses leave out
 
 
@@ -106,8 +107,14 @@ def task_fields(job: Job, base: transformers.PreTrainedModel) -> dict[str, Any]:
     saved = job.adapter.get("modules_to_save")
     if saved is None:
         saved = find_heads(base) if job.task == "image-classification" else []
-    new = new_beside_heads(base, [*saved, *SAVED_BY_PEFT.get(job.task, ())])
+    new = new_beside_heads(base, [*saved, *_SAVED_BY_PEFT.get(job.task, ())])
     return {"task_type": _TASK_TYPE[job.task], "modules_to_save": [*saved, *new] or None}
+
+
+def trained_whole(job: Job, base: transformers.PreTrainedModel) -> list[str]:
+    """Full names of what is trained whole beside an adapter: heads, and what the base's checkpoint lacks."""
+    named = [*(task_fields(job, base)["modules_to_save"] or ()), *_SAVED_BY_PEFT.get(job.task, ())]
+    return [n for n, _ in base.named_modules() if any(n == name or n.endswith(f".{name}") for name in named)]
 
 
 def new_beside_heads(base: transformers.PreTrainedModel, heads: list[str]) -> list[str]:
