@@ -6,6 +6,7 @@ seeds.
 
     python benchmarks/accuracy.py cifar100                  # one task; goes on where it was stopped
     python benchmarks/accuracy.py cola --seeds 3            # fewer seeds; more of them can be added later
+    python benchmarks/accuracy.py cifar100 --fine           # the adapters' rates on a grid twice as fine, at the end
     python benchmarks/accuracy.py cifar100 --shares 0.025 0.05   # two budgets more
     python benchmarks/accuracy.py cifar100 --epochs 12      # longer training, in a record of its own
     python benchmarks/accuracy.py --device cuda             # larger sizes, in records of their own
@@ -32,16 +33,15 @@ import record
 import tasks
 import torch
 from cases import SETTINGS, Case, available, fit, prepare
-from peft import get_peft_model
+from compared import RECIPE, WITHOUT_BUDGET
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from torch import nn
 
 from florapeft import allocate, initialize_from_gradients
 from florapeft.gradients import are_noise
-from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, fitting
+from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, exactly, fitting
 from florapeft.train.trials import STEPS, climb, difference, rate_at, spread
-
-RECIPE = "FLoRA, gradient start, ranks by spectrum"  # what all others are compared with
-WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 
 
 class Rates(NamedTuple):
@@ -52,12 +52,16 @@ class Rates(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How many seeds are run: at the rates that are chosen, in the search for them, and at other budgets."""
+    """How many seeds are run: at the rates that are chosen, in the search for them, and at other budgets.
+
+    With `fine`, the adapter's rate is searched once more, among its neighbours on a grid twice as fine.
+    """
 
     seeds: int = 5
     search_seeds: int = 2
     other_shares: tuple[float, ...] = ()
     other_seeds: int = 2
+    fine: bool = False
 
 
 class NothingToTrainError(Exception):
@@ -126,16 +130,35 @@ def adalora_rival(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, d
 
 
 def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """LoRA with a start, and maybe with ranks, from gradients."""
-    _, layers, facts = fitted("lora", case, model)
-    found = gradient_lora.gradients(model, layers, case.batches(seed), case.loss)
-    if spectrum:
+    """LoRA with a start, and maybe with ranks, from gradients; as with FLoRA, those that are noise are not followed."""
+    layers = fitted("lora", case, model).layers
+    found, agreement = gradient_lora.gradients(model, layers, case.batches(seed), case.loss)
+    noise = are_noise(agreement)
+    if spectrum and not noise:
         ranks = gradient_lora.spectrum_ranks(found, case.goal)
         model, facts = gradient_lora.attach_with(model, ranks, modules_to_save=case.trained_along), {"ranks": ranks}
     else:
         model, facts = rival("lora", case, model, seed)
-    gradient_lora.start_from_gradients(model, found)
-    return model, facts
+    if not noise:
+        gradient_lora.start_from_gradients(model, found)
+    return model, facts | {"agreement": agreement}
+
+
+def loraga(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """PEFT's own LoRA with a start from gradients, LoRA-GA (Wang et al., 2024), at PEFT's settings."""
+    fit, layers, facts = fitted("lora", case, model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if others := [name for name in layers if name not in linear]:
+        raise NothingToTrainError(f"LoRA-GA takes linear layers alone, not {others[0]}")
+
+    def passes() -> None:
+        for batch in case.batches(seed):
+            case.loss(model, batch).backward()
+
+    fields = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
+    preprocess_loraga(model, LoraConfig(target_modules=exactly(layers), **fields), passes)
+    (attach,) = attaches("lora", modules_to_save=case.trained_along, **fields)
+    return attach(model, layers, fit.rank, fit.raised), facts
 
 
 def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -163,6 +186,7 @@ METHODS: dict[str, Method] = {
     "full fine-tuning": full,
     **{said.label: partial(rival, name) for name, said in RIVALS.items()},
     "AdaLoRA": adalora_rival,
+    "LoRA-GA": loraga,
     "LoRA, gradient start": partial(gradient_rival, False),
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
@@ -187,6 +211,7 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
     loss = fit(case, model, [(rates.body, body), (rates.head, head)], setting.epochs, seed, adalora.after_steps(model))
     seconds = case.seconds() - started
     return {
+        "commit": record.commit(),
         "method": method,
         "share": setting.share,
         "rate": rates.body,
@@ -226,17 +251,19 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
             results["runs"].append(runs[-1])
         return runs[-1]
 
-    def validation(method: str, rates: Rates) -> float:
-        return statistics.mean(run(case, method, rates, seed)["validation"] for seed in range(plan.search_seeds))
+    def score(case: Case, method: str, seeds: int, rates: Rates) -> float:
+        return statistics.mean(run(case, method, rates, seed)["validation"] for seed in range(seeds))
 
     def measured(method: str) -> Rates:
-        rates = search(case, method, partial(validation, method))
+        rates = search(case, method, partial(score, case, method, plan.search_seeds), plan.fine)
         for seed in range(plan.seeds):
             run(case, method, rates, seed)
-        for share in () if method in WITHOUT_BUDGET else plan.other_shares:
-            for seed in range(plan.other_seeds):
-                run(case.at(share), method, rates, seed)
         return rates
+
+    def measured_at(share: float, method: str, rates: Rates) -> Rates:
+        """At another budget the adapter's rate is searched anew, from that of the first."""
+        score_there = partial(score, case.at(share), method, plan.other_seeds)
+        return rates._replace(body=climb(rates.body, lambda rate: score_there(rates._replace(body=rate))))
 
     for method in methods:
         try:
@@ -249,9 +276,15 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
             results.get("left_out", {}).pop(method, None)
             results.setdefault("rates", {})[method] = rates._asdict()
             results.setdefault("search_seeds", {})[method] = plan.search_seeds
-            results["methods"] = summary(results, case.setting.share)
-            shares = sorted({run["share"] for run in results["runs"]} - {case.setting.share})
-            results["other_budgets"] = {str(share): summary(results, share) for share in shares}
+            if plan.fine:
+                results["fine"] = sorted({method, *results.get("fine", [])})
+            results["methods"] = summary(results, case.setting.share, results["rates"])
+        for share in () if method in WITHOUT_BUDGET else plan.other_shares:
+            there = measured_at(share, method, rates)
+            with changing(path) as results:
+                known = results.setdefault("rates_at", {}).setdefault(str(share), {})
+                known[method] = there._asdict()
+                results.setdefault("other_budgets", {})[str(share)] = summary(results, share, known)
 
 
 def _check_same(path: Path, results: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -261,13 +294,19 @@ def _check_same(path: Path, results: dict[str, Any], wanted: dict[str, Any]) -> 
             raise SystemExit(f"{path} was measured with {key} {results[key]}, now it is {value}: move the file away")
 
 
-def search(case: Case, method: str, score: Callable[[Rates], float]) -> Rates:
-    """The rates with the best score: first the adapter's, with the head's where its search begins, then the head's."""
+def search(case: Case, method: str, score: Callable[[Rates], float], fine: bool = False) -> Rates:
+    """The rates with the best score: first the adapter's, with the head's where its search begins, then the head's.
+
+    With `fine`, then the adapter's neighbours on a grid twice as fine.
+    """
     rates = first_rates(case, method)
     if rates.body is not None:
         rates = rates._replace(body=climb(rates.body, lambda rate: score(rates._replace(body=rate))))
     if rates.head is not None:
         rates = rates._replace(head=climb(rates.head, lambda rate: score(rates._replace(head=rate))))
+    if fine and rates.body is not None:
+        body = climb(rates.body, lambda rate: score(rates._replace(body=rate)), reach=1, steps=2 * STEPS)
+        rates = rates._replace(body=body)
     return rates
 
 
@@ -297,11 +336,11 @@ def changing(path: Path) -> Iterator[dict[str, Any]]:
         record.write(path, results)
 
 
-def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
+def summary(results: dict[str, Any], share: float, chosen_rates: dict[str, Any]) -> dict[str, Any]:
     """Per method at its rates: scores, their mean and deviation, and paired differences to `RECIPE`."""
     chosen = {}
     for method in METHODS:
-        if rates := results["rates"].get(method):
+        if rates := chosen_rates.get(method):
             wanted = (method, share, Rates(**rates))
             runs = [run for run in results["runs"] if _which(run)[:3] == wanted]
             if runs:
@@ -310,7 +349,7 @@ def summary(results: dict[str, Any], share: float) -> dict[str, Any]:
     rows = {}
     for method, runs in chosen.items():
         scores = [run["test"] for run in runs]
-        tried = [run for run in results["runs"] if run["method"] == method]
+        tried = [run for run in results["runs"] if (run["method"], run["share"]) == (method, share)]
         further = runs[0].get("further", {})
         rows[method] = {
             "rate": runs[0]["rate"],
@@ -357,9 +396,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5, help="of the figures on the test split")
     parser.add_argument("--search-seeds", type=int, default=2, help="of the search for rates")
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=(), help="further budgets, at the rates of the first"
-    )
+    parser.add_argument("--fine", action="store_true", help="search the adapters' rates once more on a finer grid")
+    parser.add_argument("--shares", type=float, nargs="+", default=(), help="further budgets")
     parser.add_argument("--other-seeds", type=int, default=2, help="at the further budgets")
     parser.add_argument("--epochs", type=int, help="instead of the task's own; kept in a record apart")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -379,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
         name = f"accuracy_{case.name}" + ("" if given.device == "cpu" else "_gpu")
         if given.epochs:
             case.setting, name = replace(case.setting, epochs=given.epochs), f"{name}_{given.epochs}_epochs"
-        plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds)
+        plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds, given.fine)
         compare(case, given.methods, plan, record.RESULTS / f"{name}.json")
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from compared import GRADIENT_RIVALS, RECIPE, RIVALS, WITHOUT_BUDGET
 from performance import RESULTS, Lines, read
 
 Captioned = tuple[list[str], list[list[Any]], str]
-RIVALS = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "LoHa", "LoKr")
-WITHOUT_BUDGET = ("head only", "BitFit", "full fine-tuning")
 WITHIN = 0.02  # of the goal
 _CONVOLUTIONAL = ("cifar100", "volumes")
 _NAMES = {
@@ -62,8 +62,13 @@ def _caption(results: dict[str, Any]) -> str:
     caption = (
         f"Examples: {parts}. {setting['epochs']} epoch{'s' if setting['epochs'] > 1 else ''}{warm}, batches of "
         f"{setting['batch_size']}; {results['layers']} layers adapted. Rates were searched "
-        f"with {' or '.join(map(str, searched))} seed{'s' if searched != [1] else ''} on the validation split."
+        f"with {' or '.join(map(str, searched))} seed{'s' if searched != [1] else ''} on the validation split"
     )
+    tuned = {method for method, row in results["methods"].items() if row["rate"]}
+    if fine := set(results.get("fine", [])) & tuned:
+        caption += ", those of adapters once more on the finer grid"
+        caption += "" if fine == tuned else f" (not for {', '.join(sorted(tuned - fine))})"
+    caption += "."
     if warm and not any(len(row["head_rates_tried"]) > 1 for row in results["methods"].values()):
         caption += f" The head's rate was not: it is {setting['head_rate']:g}."
     if "source_accuracy" in results:
@@ -98,16 +103,16 @@ def budgets(task: str) -> Callable[[], Lines]:
     return build
 
 
-_LEADS = ["LoRA", f"best of {', '.join(RIVALS)}", "LoRA with the same from gradients", "full fine-tuning"]
+_LEADS = ["LoRA", "best rival measured", "best LoRA with gradients", "full fine-tuning"]
 
 
 def summary() -> Lines:
     """Per task, by how much FLoRA's recipe is ahead of the others, at equal parameters but for full fine-tuning."""
     found = {task: read(f"accuracy_{task}")["methods"] for task in _NAMES}
     lines = [[_NAMES[task], *_leads(rows)] for task, rows in found.items()]
-    means = [[_ahead(found[task], method)["mean"] for method in _compared(found[task])] for task in _CONVOLUTIONAL]
-    averages = [f"{100 * statistics.mean(column):+.1f}" for column in zip(*means, strict=True)]
-    lines.append(["mean of the convolutional tasks", "", *averages])
+    pairs = ([_ahead(found[task], method) for method in _compared(found[task])] for task in _CONVOLUTIONAL)
+    means = [_interval(_mean_of(differences)) for differences in zip(*pairs, strict=True)]
+    lines.append(["mean of the convolutional tasks", "", *means])
     return ["task", "FLoRA", *_LEADS], lines
 
 
@@ -127,24 +132,32 @@ def _epochs(results: dict[str, Any]) -> int:
 
 def _leads(rows: dict[str, Any]) -> list[str]:
     """The recipe's score, and by how much it is ahead of those in `_LEADS`."""
-    compared = _compared(rows)
-    cells = [_interval(_ahead(rows, method)) for method in compared]
-    cells[1] = f"{compared[1]}: {cells[1]}"
-    return [_mean(rows[_recipe(rows)]), *cells]
+    lora, rival, informed, full = (_interval(_ahead(rows, method)) for method in _compared(rows))
+    _, best, with_gradients, _ = _compared(rows)
+    measured = sum(method in rows for method in RIVALS)
+    rival = f"{best}, of {measured}: {rival}" if measured > 1 else "LoRA alone"
+    informed = f"{GRADIENT_RIVALS[with_gradients]}: {informed}" if informed else ""
+    return [_mean(rows[RECIPE]), lora, rival, informed, full]
 
 
-def _compared(rows: dict[str, Any]) -> tuple[str, ...]:
-    best = max((method for method in RIVALS if method in rows), key=lambda method: rows[method]["test_mean"])
-    return "LoRA", best, _recipe(rows).replace("FLoRA", "LoRA"), "full fine-tuning"
+def _compared(rows: dict[str, Any]) -> tuple[str, str | None, str | None, str]:
+    """Of several the one with the best score on the test split, which favours them."""
+    return "LoRA", _best(RIVALS, rows), _best(GRADIENT_RIVALS, rows), "full fine-tuning"
 
 
-def _ahead(rows: dict[str, Any], method: str) -> dict[str, float | None] | None:
+def _best(methods: Iterable[str], rows: dict[str, Any]) -> str | None:
+    return max((m for m in methods if m in rows), key=lambda method: rows[method]["test_mean"], default=None)
+
+
+def _ahead(rows: dict[str, Any], method: str | None) -> dict[str, float | None] | None:
     return _turned(rows[method]["difference"]) if method in rows else None
 
 
-def _recipe(rows: dict[str, Any]) -> str:
-    """The method that the others' differences are from."""
-    return next(method for method, row in rows.items() if "difference" not in row)
+def _mean_of(given: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """The mean of independent differences. Half its interval: theirs added in quadrature, wide rather than narrow."""
+    mean = statistics.mean(difference["mean"] for difference in given)
+    half = math.hypot(*((difference["high"] - difference["low"]) / 2 for difference in given)) / len(given)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def _turned(given: dict[str, float | None]) -> dict[str, float | None]:
@@ -161,10 +174,12 @@ def study(name: str) -> Callable[[], Lines]:
         variants = list(dict.fromkeys(variant for rows in tables.values() for variant in rows))
         header, lines = [name], [[variant] for variant in variants]
         for task, rows in tables.items():
-            header += [f"{_NAMES[task]}, accuracy, %", "rate", "parameters", "seeds"]
-            for line in lines:
-                row = rows.get(line[0])
-                line += [_mean(row), f"{row['rate']:g}", f"{row['parameters']:,}", row["seeds"]] if row else [""] * 4
+            header += [f"{_NAMES[task]}: validation, %", "test, %", "rate", "parameters", "seeds"]
+            for line, row in zip(lines, map(rows.get, variants), strict=True):
+                line += [""] * 5
+                if row:
+                    chosen = f"{100 * row['validation_mean']:.1f}"
+                    line[-5:] = [chosen, _mean(row), f"{row['rate']:g}", f"{row['parameters']:,}", row["seeds"]]
         return header, lines
 
     return build
@@ -202,7 +217,7 @@ def agreement() -> Lines:
 def noise() -> Lines:
     """CoLA with gradients that are noise, followed by an earlier version of the recipe, and not followed."""
     rows = read("accuracy_cola")["methods"]
-    named = {"recipe, gradients followed": read("noise_followed"), "recipe, as it is now": rows[_recipe(rows)]}
+    named = {"recipe, gradients followed": read("noise_followed"), "recipe, as it is now": rows[RECIPE]}
     named |= {method: rows[method] for method in ("FLoRA", "LoRA")}
     lines = [[name, _mean(row), f"{row['rate']:g} / {row['head_rate']:g}", row["seeds"]] for name, row in named.items()]
     return ["CoLA", "100 × Matthews correlation", "rates", "seeds"], lines

@@ -11,37 +11,52 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from florapeft.gradient_sums import GradientSum
+from florapeft.gradients import mean_agreement
 from florapeft.train.fitting import attached, exactly, is_parameter, place, targeting
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """The summed gradients of the layers' weights, as matrices `(out, rest)` or stacks of them, `(experts, out, in)`.
+class Gradients(NamedTuple):
+    """The summed gradients of weights, as matrices `(out, rest)` or stacks of them, `(experts, out, in)`.
 
-    The model is as it was afterwards.
+    `agreement` is the share of their energy that the batches have in common, as FLoRA counts it.
     """
+
+    sums: dict[str, Tensor]
+    agreement: float | None
+
+
+def gradients(model: nn.Module, layers: list[str], batches: Iterable[Any], loss: Loss) -> Gradients:
+    """The gradients of the layers' weights, over all batches; the model is as it was afterwards."""
     was = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     weights = {n: model.get_parameter(n if is_parameter(model, n) else f"{n}.weight") for n in layers}
     model.eval().requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
+    totals = {n: GradientSum(weight.shape, weight.shape) for n, weight in weights.items()}  # kept in full
     for batch in batches:
         loss(model, batch).backward()
-    found = {n: w.grad if is_parameter(model, n) else w.grad.flatten(1) for n, w in weights.items()}
+        for name, weight in weights.items():
+            totals[name].add(weight.grad)
+            totals[name].end_batch()
+            weight.grad = None
+    values = {name: total.value.to_tensor() for name, total in totals.items()}
+    found = {n: value if is_parameter(model, n) else value.flatten(1) for n, value in values.items()}
     for parameter, wanted in was.items():
         parameter.grad = None
         parameter.requires_grad_(wanted)
     for module, training in modes.items():
         module.training = training
-    return found
+    return Gradients(found, mean_agreement(totals))
 
 
 def spectrum_ranks(found: dict[str, Tensor], budget: int) -> dict[str, int]:

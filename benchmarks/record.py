@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,18 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("florapeft", "torch", "peft", "transformers")
 
 
+@cache
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return said.stdout.strip()
+
+
 def environment(*more: str) -> dict[str, Any]:
     """Versions (of `more` packages too), device, and the commit that was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
-        "commit": commit,
+        "commit": commit(),
         "versions": {name: version(name) for name in (*PACKAGES, *more)} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),

@@ -105,6 +105,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "at a third of the core's rate": Variant(SPECTRUM, (*_AROUND, 5.6e-2), 1 / 3),
         "at the core's rate": Variant(SPECTRUM, (5.6e-3, *_AROUND)),
     },
+    "recipe": {
+        "as it is": Variant(SPECTRUM, (5.6e-3, *_AROUND)),
+        "factors kept orthonormal": Variant(SPECTRUM, (*_AROUND, 5.6e-2), between=retract),
+        "magnitudes apart, as in DoRA": Variant(
+            partial(form, decomposed=True, allocation="spectrum"), (*_AROUND, 5.6e-2)
+        ),
+    },
     "locality": {
         f"kernel rank {r}, taps {'permuted' if permuted else 'in place'}": Variant(
             partial(taps, permuted=permuted, kernel_r=r)
@@ -135,7 +142,8 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parts: dict[str, list[nn.Parameter]] = {"head": [], "core": [], "factors": []}
     for key, parameter in trained.items():
-        parts["head" if case.in_head(key) else "core" if "core" in key else "factors"].append(parameter)
+        in_core = not {"core", "flora_core"}.isdisjoint(key.split("."))
+        parts["head" if case.in_head(key) else "core" if in_core else "factors"].append(parameter)
     if not variant.factor_rate:
         for parameter in parts["factors"]:
             parameter.requires_grad_(False)
@@ -151,6 +159,7 @@ def run(case: Case, name: str, variant: Variant, rate: float, seed: int) -> dict
     between = variant.between and partial(variant.between, case)
     fit(case, model, groups, case.setting.epochs, seed, between)
     return {
+        "commit": record.commit(),
         "variant": name,
         "rate": rate,
         "seed": seed,

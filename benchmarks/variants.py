@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from florapeft import FloraLayer
+from florapeft import FloraLayer, allocate
 from florapeft.budget import choices_from_energies, rank_grid, spend_on_energy
 from florapeft.gradient_sums import GradientSum, Weight, gradient_sums
 from florapeft.init import start_from_bases
@@ -144,9 +144,12 @@ def updated(
 ) -> nn.Module:
     """FLoRA with its start from gradients, by `Updated` weights; `orders` has the taps of every layer, if they move."""
     totals = sums(case, model, case.batches(seed))
-    ranks = get_peft_model(case.task.model(0), replace(case.config(), **fields)).peft_config["default"].ranks
-    for name, total in totals.items():
-        gradient, order = total.value.to_tensor(), orders.get(name)
+    config = replace(case.config(), **fields)
+    if config.allocation == "spectrum":
+        config = allocate(model, config, case.batches(seed), case.loss)
+    ranks = get_peft_model(case.task.model(0), config).peft_config["default"].ranks
+    for name in ranks:
+        gradient, order = totals[name].value.to_tensor(), orders.get(name)
         if order is not None:
             gradient = gradient.flatten(2)[..., order.argsort()].view_as(gradient)
         core, factors = hosvd(gradient, ranks[name])
@@ -170,10 +173,10 @@ def taps(case: Case, model: nn.Module, seed: int, *, permuted: bool, kernel_r: i
     return updated(case, model, seed, orders, decomposed=False, kernel_r=kernel_r)
 
 
-def form(case: Case, model: nn.Module, seed: int, *, decomposed: bool) -> nn.Module:
+def form(case: Case, model: nn.Module, seed: int, *, decomposed: bool, **fields: Any) -> nn.Module:
     """FLoRA by `Updated` weights: as they are, or each output's magnitude trained too, at as many parameters in all."""
     magnitudes = sum(len(model.get_submodule(name).weight) for name in case.layers) if decomposed else 0
-    return updated(case, model, seed, {}, decomposed=decomposed, budget=case.goal - magnitudes)
+    return updated(case, model, seed, {}, decomposed=decomposed, budget=case.goal - magnitudes, **fields)
 
 
 @torch.no_grad()
@@ -198,7 +201,7 @@ def realign(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step
     weights = {name: f"base_model.model.{name}.base_layer" for name in found}
     model.merge_adapter()  # `sums` would take the gradients at the base weights
     with torch.enable_grad():
-        gradients = gradient_lora.gradients(model, list(weights.values()), case.batches(step), case.loss)
+        gradients = gradient_lora.gradients(model, list(weights.values()), case.batches(step), case.loss).sums
     model.unmerge_adapter()
     for name, layer in found.items():
         core, factors = layer.tucker("default")

@@ -65,7 +65,7 @@ def allocate(model: nn.Module, config: FloraConfig, batches: Iterable[Any], loss
     if problem := describe_spending(choices, ranks, budget):
         logger.warning(problem)
     solved = replace(config, ranks={name: list(rank) for name, rank in ranks.items()}, allocation="spectrum")
-    solved.gradient_agreement = _agreement(sums)
+    solved.gradient_agreement = mean_agreement(sums)
     if config.init_weights == "gradient":
         solved.gradient_bases = {name: sums[name].bases(rank) for name, rank in ranks.items() if name in sums}
     return solved
@@ -106,7 +106,7 @@ def initialize_from_gradients(
             raise ValueError(f"the update of {key} is not zero: adapter {name!r} is trained already")
     weights = {target.name: _weight(base, target) for target in adapted_targets(base) if target.name in tuckers}
     sums = gradient_sums(model, weights, batches, loss, {key: tucker.rank for key, tucker in tuckers.items()})
-    _agreement(sums)
+    mean_agreement(sums)
     for key, found in sums.items():
         start_from_bases(tuckers[key], found.bases(tuckers[key].rank))
     forget_warning(layer for layer in layers.values() if isinstance(layer, FloraLayer))
@@ -117,7 +117,7 @@ def are_noise(agreement: float | None) -> bool:
     return agreement is not None and agreement < _LEAST_AGREEMENT
 
 
-def _agreement(sums: Mapping[str, GradientSum]) -> float | None:
+def mean_agreement(sums: Mapping[str, GradientSum]) -> float | None:
     """The mean of the weights' agreements, none below 0, by their numbers of entries; None of a single batch.
 
     Warns where it is too low for the gradients to say anything.

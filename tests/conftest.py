@@ -1,6 +1,7 @@
 """What every test shares: no network, a cache of its own, fixed seeds, one thread per worker."""
 
 import ast
+import logging
 import os
 import random
 import runpy
@@ -47,6 +48,15 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged():
+    """In every test, though benchmarks, run in the test before, silence what the package logs."""
+    logger = logging.getLogger("florapeft")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -100,14 +101,15 @@ class TestLoraFromGradients:
         model.linear.requires_grad_(True)
         found = gradient_lora.gradients(model, self.LAYERS, data, loss)
         assert [name for name, p in model.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
+        assert gradient_lora.gradients(model, self.LAYERS, data[:1] * 3, loss).agreement == pytest.approx(1, abs=1e-4)
         assert all(parameter.grad is None for parameter in model.parameters())
         total = sum(loss(model.requires_grad_(True), batch) for batch in data)
         (expected,) = torch.autograd.grad(total, model.conv.weight)
-        torch.testing.assert_close(found["conv"], expected.flatten(1))
+        torch.testing.assert_close(found.sums["conv"], expected.flatten(1))
 
     def test_start(self):
         model, data = Tiny(), batches(2)
-        found = gradient_lora.gradients(model, self.LAYERS, data, loss)
+        found = gradient_lora.gradients(model, self.LAYERS, data, loss).sums
         before = model(data[0][0])
         adapted = gradient_lora.attach_with(model, {"conv": 3, "body": 2})
         gradient_lora.start_from_gradients(adapted, found)
@@ -183,7 +185,9 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     def train(case, method, rates, seed):
         trained.append((method, case.setting.share, *rates, seed))
         score = 0.5 - abs(rates.body - 1e-2) - abs(rates.head - 3.2e-2) + 0.01 * seed
-        score += 0.1 * (method == accuracy.RECIPE) - (case.setting.share < 0.05) * 0.2
+        score += 0.1 * (method == accuracy.RECIPE)
+        if case.setting.share < 0.05:
+            score = 0.3 - abs(rates.body - 3.2e-3)
         counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0, "share": case.setting.share}
         named = {"method": method, "rate": rates.body, "head_rate": rates.head, "seed": seed}
         further = {"further": {"recall at 1": 0.1 * seed}}
@@ -194,7 +198,7 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     accuracy.compare(case, ["LoRA", accuracy.RECIPE], accuracy.Plan(2, 1), path)
     first = len(trained)
     accuracy.compare(case, ["LoRA", accuracy.RECIPE], accuracy.Plan(3, 1, (0.02,), 1), path)
-    more = [(method, share, 1e-2, 3.2e-2, seed) for method in ("LoRA", accuracy.RECIPE) for share, seed in MORE]
+    more = [(method, share, rate, 3.2e-2, seed) for method in ("LoRA", accuracy.RECIPE) for share, rate, seed in MORE]
     assert trained[first:] == more
     results = json.loads(path.read_text())
     assert len(results["runs"]) == len(trained) == len(set(trained))
@@ -206,7 +210,25 @@ def test_runs_are_kept_and_not_repeated(case, tmp_path, monkeypatch):
     assert row["test_mean"] == pytest.approx(0.51)
     assert row["further"] == {"recall at 1": pytest.approx(0.1)}
     other = results["other_budgets"]["0.02"]["LoRA"]
-    assert (other["seeds"], other["test_mean"]) == (1, pytest.approx(0.3))
+    assert (other["rate"], other["seeds"], other["test_mean"]) == (3.2e-3, 1, pytest.approx(0.3))
+    assert results["rates_at"]["0.02"]["LoRA"] == {"body": 3.2e-3, "head": 3.2e-2}
+
+
+def test_rates_on_the_finer_grid(case, tmp_path, monkeypatch):
+    def train(case, method, rates, seed):
+        score = 0.5 - abs(rates.body - 1.8e-2) - abs(rates.head - 3.2e-2)
+        counts = {"parameters": 5, "start_seconds": 0.0, "seconds": 1.0, "share": case.setting.share}
+        named = {"method": method, "rate": rates.body, "head_rate": rates.head, "seed": seed}
+        return {**named, "validation": score, "test": score, **counts}
+
+    monkeypatch.setattr(accuracy, "train", train)
+    path = tmp_path / "record.json"
+    accuracy.compare(case, ["LoRA"], accuracy.Plan(1, 1), path)
+    accuracy.compare(case, ["LoRA", "DoRA"], accuracy.Plan(1, 1, fine=True), path)
+    results = json.loads(path.read_text())
+    assert results["rates"]["LoRA"] == {"body": 1.8e-2, "head": 3.2e-2}
+    assert results["methods"]["LoRA"]["rates_tried"] == [3.2e-3, 1e-2, 1.8e-2, 3.2e-2]
+    assert results["fine"] == ["DoRA", "LoRA"]
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -219,7 +241,43 @@ def test_the_recipe_does_not_follow_noise(case, monkeypatch, noise):
     assert "agreement" in facts
 
 
-MORE = [(0.05, 2), (0.02, 0)]  # the share and the seed of the runs that are new
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("method", ["LoRA, gradient start", "LoRA, gradient start, ranks by spectrum"])
+def test_nor_does_lora_with_gradients(case, monkeypatch, method, noise):
+    monkeypatch.setattr(accuracy, "are_noise", lambda agreement: noise)
+    started = []
+    monkeypatch.setattr(gradient_lora, "start_from_gradients", lambda model, found: started.append(found))
+    _, facts = accuracy.METHODS[method](case, case.model(0), 0)
+    assert bool(started) is not noise
+    assert ("ranks" in facts) is (not noise and "spectrum" in method)
+    assert "agreement" in facts
+
+
+def test_loraga_is_for_linear_layers():
+    class Task:
+        head = "head"
+
+        def model(self, seed):
+            torch.manual_seed(seed)
+            return nn.Sequential(OrderedDict(a=nn.Linear(12, 16), b=nn.Linear(16, 16), head=nn.Linear(16, 3)))
+
+    task, data = Task(), [(torch.randn(6, 12, requires_grad=True), torch.randint(3, (6,))) for _ in range(2)]
+    case = SimpleNamespace(task=task, fits={}, layers=["a", "b"], goal=240, trained_along=["head"])
+    case.batches, case.loss = lambda seed: data, loss
+    base = task.model(0).requires_grad_(False)
+    expected = base(data[0][0])
+    model, facts = accuracy.METHODS["LoRA-GA"](case, base, 0)
+    torch.testing.assert_close(model(data[0][0]), expected)
+    starts = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert all(start.any() for start in starts)  # other than LoRA's, which is zero
+    assert facts["rank"] == 4
+    case.fits, case.layers, task.head = {}, ["0"], None
+    with pytest.raises(accuracy.NothingToTrainError, match="linear layers alone, not 0"):
+        accuracy.METHODS["LoRA-GA"](case, nn.Sequential(nn.Conv2d(4, 12, 3)), 0)
+
+
+# share, rate and seed of the runs that are new
+MORE = [(0.05, 1e-2, 2), *((0.02, rate, 0) for rate in (3.2e-2, 1e-2, 3.2e-3, 1e-3))]
 
 
 def test_another_budget_has_its_own_ranks(case):

@@ -40,7 +40,7 @@ def test_the_caption_says_what_is_left_out_and_why(tables):
     setting = {"epochs": 1, "batch_size": 2, "head_rate": 0.01}
     left_out = {"LoHa": "TypeError: <class 'Conv3d'>", "LoKr": "TypeError: <class 'Conv3d'>", "BitFit": "no bias"}
     counts = {"LoRA": 1010, "LoKr": 970, "AdaLoRA": 1030, "full fine-tuning": 9000}
-    rows = {name: {"parameters": n, "head_rate": None} for name, n in counts.items()}
+    rows = {name: {"parameters": n, "head_rate": None, "rate": 0.01} for name, n in counts.items()}
     results = {"methods": rows, "goal": 1000, "examples": {"test": 1000}, "setting": setting, "layers": 3}
     results |= {"search_seeds": {"LoRA": 1}, "left_out": left_out, "source_accuracy": 0.5}
     caption = tables.evidence_tables._caption(results)

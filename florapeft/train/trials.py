@@ -20,24 +20,25 @@ class Difference(NamedTuple):
     high: float | None
 
 
-def rate_at(middle: float, step: int) -> float:
-    """The rate `step` places from `middle` on a grid of `STEPS` per factor of ten, to two digits."""
-    return float(f"{middle * 10 ** (step / STEPS):.1e}")
+def rate_at(middle: float, step: int, steps: int = STEPS) -> float:
+    """The rate `step` places from `middle` on a grid of `steps` per factor of ten, to two digits."""
+    return float(f"{middle * 10 ** (step / steps):.1e}")
 
 
-def climb(middle: float, score: Callable[[float], float], reach: int = 4) -> float:
+def climb(middle: float, score: Callable[[float], float], reach: int = 4, steps: int = STEPS) -> float:
     """The rate of the grid around `middle` with the highest score, walking until both neighbours are no better.
 
     Args:
         middle: where the walk begins.
         score: of a rate, the higher the better; nan counts as the lowest. Called once per rate.
         reach: how many places from `middle` the walk may go.
+        steps: of the grid per factor of ten.
     """
     scores: dict[int, float] = {}
 
     def of(step: int) -> float:
         if step not in scores:
-            value = score(rate_at(middle, step))
+            value = score(rate_at(middle, step, steps))
             scores[step] = value if value == value else float("-inf")
         return scores[step]
 
@@ -47,7 +48,7 @@ def climb(middle: float, score: Callable[[float], float], reach: int = 4) -> flo
             here += way
         if here > 0:  # what lies below was passed on the way
             break
-    return rate_at(middle, here)
+    return rate_at(middle, here, steps)
 
 
 def difference(of: Mapping[int, float], to: Mapping[int, float]) -> Difference:
