@@ -368,8 +368,9 @@ def _torch_gradients(
 
 
 def _is_large_depthwise(operation: Conv | ConvTranspose, weight: Tensor) -> bool:
-    depthwise = isinstance(operation, Conv) and operation.groups == weight.shape[0] > 1 and weight.ndim == 4
-    return depthwise and weight.device.type == "cpu" and min(weight.shape[2:]) >= 5
+    depthwise = operation.groups == weight.shape[0] > 1 == weight.shape[1]
+    large = weight.ndim == 4 and min(weight.shape[2:]) >= 5
+    return isinstance(operation, Conv) and depthwise and large and weight.device.type == "cpu"
 
 
 def _depthwise_gradient(operation: Conv, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class _JoinedConvolution(torch.autograd.Function):
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask.view(x.shape)
+    return x if mask is None else x * mask.reshape(x.shape)
 
 
 def _sum_of_linear(operation: Linear, weight: Tensor, updates: Sequence[tuple[Any, ...]]) -> Tensor:

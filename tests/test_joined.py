@@ -26,12 +26,18 @@ LAYERS = {
         lambda: nn.Conv2d(12, 12, 5, stride=(2, 1), padding=3, dilation=(1, 2), groups=12),
         (2, 12, 8, 7),
     ),
+    "conv2d grouped, large kernel": (lambda: nn.Conv2d(12, 6, 5, padding=2, groups=6), (2, 12, 6, 7)),
     "conv2d depthwise, large image": (lambda: nn.Conv2d(12, 12, 5, padding=2, groups=12), (1, 12, 5, 12)),
     "conv transposed grouped": (lambda: nn.ConvTranspose1d(12, 10, 3, stride=2, groups=2), (2, 12, 5)),
     "conv transposed": (lambda: nn.ConvTranspose2d(12, 10, 3, stride=2, output_padding=1), (2, 12, 3, 4)),
 }
 WAYS = {"kept": {}, "recomputed": {"recompute": True}, "summed": {"summed": True}}
 RANKS = [(3, 4), (10, 4), (3, 12), (10, 12)]  # output, input; whole modes have no factor
+
+
+def transposed(x):
+    """The same values, the axes of its memory in the other order."""
+    return x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1])
 
 
 def operation_of(module, x):
@@ -87,10 +93,12 @@ class TestEqualsTheSeparateOperations:
         mine, reference = both(module, operation, x, [tucker, build(name, (2, 12))[3]], "factored", **WAYS[way])
         assert_close(mine, reference)
 
+    @pytest.mark.parametrize("order", [torch.Tensor.contiguous, transposed])
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("rank", RANKS)
-    def test_masks(self, name, rank, way):
+    def test_masks(self, name, rank, way, order):
         module, operation, x, tucker = build(name, rank)
+        x = order(x.detach()).requires_grad_()
         mask, parts = torch.rand_like(x) < 0.7, [split(operation, tucker, "factored", 0.5)] * 2
         inputs = [x, *(t for t in (tucker.core, *tucker.factors) if t is not None)]
         results = []
