@@ -292,6 +292,9 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     much slower they run. `dense` is considered only where the weight has fewer entries than the input, so that building
     and keeping dW stays small against the data. Fitted to the layers of `benchmarks/networks.py` on a CPU.
 
+    It is `factored`, without a cost to estimate, for a nested input, which has no size, and where a graph is recorded
+    that will run with inputs of other sizes.
+
     Args:
         operation: the base layer's linear map.
         shape: the base weight's shape.
@@ -302,6 +305,8 @@ def choose_route(operation: Operation, shape: Sequence[int], rank: Sequence[int]
     """
     if operation.groups > 1:
         return "dense"
+    if x.is_nested or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "factored"
     source, target = operation.input_mode, operation.output_mode
     d_in, d_out, r_in, r_out = shape[source], shape[target], rank[source], rank[target]
     kernel = prod(shape) // (d_in * d_out)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from florapeft.contract import Conv, ConvTranspose, Linear, Operation, Parts, pointwise, seen, without_autocast
 
@@ -92,9 +93,12 @@ def _without_middle(operation: Operation, update: Parts, weight: Tensor) -> tupl
 def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `joined` computes this: no unusual padding, plain tensors, frozen or without gradients, no transform.
 
-    A compiler sees through the separate operations and joins them by itself.
+    A compiler sees through the separate operations and joins them by itself; what `torch.jit.trace` records must not
+    call Python, and forward-mode differentiation needs a formula of its own.
     """
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(x.device.type):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if x.is_nested or not torch.amp.is_autocast_available(x.device.type):
         return False
     if isinstance(operation, Linear):
         plain = True

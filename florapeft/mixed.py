@@ -66,6 +66,8 @@ def mixed_batch(
         if isinstance(layer, FloraWrapper)
     ]
     others = [(m, "forward", partial(_forward, m, own)) for m, own in names.items() if not isinstance(m, FloraWrapper)]
+    # What torch makes of padded samples is no batch that could be cut.
+    others += [(m, "use_nested_tensor", False) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     try:
         with standing_in(others):
             yield

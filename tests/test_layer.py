@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -657,6 +658,44 @@ def test_compiled_gradients(name):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     mine = torch.autograd.grad(compiled(x).square().sum(), parameters)
     assert_close(mine, torch.autograd.grad(layer(x).square().sum(), parameters))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "embedding with padding"])
+class TestRecorded:
+    """What records a forward pass, and what differentiates it along with the values."""
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_export_with_a_batch_of_any_size(self, name, strict):
+        module, x, _ = build(name, torch.float32)
+        _, layer = attach(module)
+        sizes = ({0: torch.export.Dim("batch", min=1, max=128)},)
+        exported = torch.export.export(nn.Sequential(layer), (x,), dynamic_shapes=sizes, strict=strict).module()
+        for batch in (x, x[:1], torch.cat([x] * 20)):
+            assert_close(exported(batch), layer(batch))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # torch's own lookup compares sizes
+    def test_traced_and_saved(self, name, tmp_path):
+        module, x, _ = build(name, torch.float32)
+        _, layer = attach(module)
+        torch.jit.save(torch.jit.trace(layer, (x,)), tmp_path / "traced.pt")
+        loaded = torch.jit.load(tmp_path / "traced.pt")
+        for batch in (x, torch.cat([x] * 20)):
+            assert_close(loaded(batch), layer(batch))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+    def test_forward_mode(self, name):
+        module, x, _ = build(name)
+        _, layer = attach(module)
+        core = layer.tucker("default").core
+        direction = torch.randn_like(core)
+        with forward_ad.dual_level():
+            dual = {"flora_core.default.weight": forward_ad.make_dual(core.detach(), direction)}
+            tangent = forward_ad.unpack_dual(functional_call(layer, dual, (x,))).tangent
+        y = layer(x)
+        weights = torch.randn_like(y)
+        (gradient,) = torch.autograd.grad((y * weights).sum(), core)
+        assert_close((tangent * weights).sum(), (gradient * direction).sum())
 
 
 class TestNames:

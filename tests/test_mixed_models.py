@@ -152,6 +152,18 @@ class TestTransformers:
             with pytest.raises(NotImplementedError, match=r"linear1: its block, without batch_first, has"):
                 model(x, adapter_names=NAMES)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+    @pytest.mark.parametrize("targets", ["all-weights", ["linear1", "linear2"]])
+    def test_torch_encoder_with_padding(self, targets):
+        """Which torch would cut out, by nesting the samples."""
+        base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 2)
+        model, x = attach(base, target_modules=targets), torch.randn(5, 4, 8)
+        padding = torch.arange(4) >= torch.tensor([[4], [2], [3], [1], [4]])
+        expected = one_by_one(model, lambda m: out(m, x, src_key_padding_mask=padding))
+        mixed = out(model, x, src_key_padding_mask=padding, adapter_names=NAMES)
+        assert_close(mixed[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
+        assert base.use_nested_tensor
+
 
 class TestDifferentTargets:
     @pytest.mark.parametrize("names", [NAMES, ["one"] * 5, ["two", "one", "two", "one", "__base__"]])

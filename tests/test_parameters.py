@@ -415,12 +415,16 @@ class TestAttention:
         assert_close(loaded.base_model.model["attn"](*x), layer(*x))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("route", ["auto", "dense"])
+@pytest.mark.parametrize("targets", ["all-weights", "all-linear", ["linear1", "linear2"], ["self_attn"]])
 @pytest.mark.parametrize("padding", [False, True])
-def test_encoder_layers_take_no_path_around_the_adapter(padding):
-    """torch's fused inference path of nn.TransformerEncoderLayer reads the weights."""
+def test_encoder_layers_take_no_path_around_the_adapter(padding, targets, route):
+    """torch's fused inference path of nn.TransformerEncoderLayer reads the weights; padding is cut out, by nesting."""
     torch.manual_seed(0)
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    model = get_peft_model(base, FloraConfig(r=2, target_modules="all-weights", init_weights=False))
+    model = get_peft_model(base, FloraConfig(r=2, target_modules=targets, init_weights=False))
+    model.base_model.set_route(route)
     x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 3:] = padding
     expected = model.train()(x, src_key_padding_mask=mask)
