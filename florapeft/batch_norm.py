@@ -61,9 +61,8 @@ class FloraBatchNorm(FloraWrapper):
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         """The batch norm's output, with the statistics of the first active adapter that has some."""
+        self.unmerge_if_disabled()
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(x)
         if adapter_names is not None:
             return self._mixed_forward(x, adapter_names)

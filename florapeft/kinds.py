@@ -79,6 +79,7 @@ class WeightLayer(FloraLayer):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; with the updates for a parent that reads it to compute with it."""
+        self.unmerge_if_disabled()
         return self.summed("weight", self.acting()) if self.is_read else super().weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -83,6 +83,11 @@ class FloraWrapper(nn.Module, BaseTunerLayer):
         """What is handed out for an attribute of the base layer."""
         return value
 
+    def unmerge_if_disabled(self) -> None:
+        """PEFT disables merged adapters without unmerging them, which is left to whoever uses the layer next."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
     def __repr__(self) -> str:
         return "flora." + super().__repr__()
 
@@ -165,7 +170,10 @@ class FloraLayer(FloraWrapper):
 
     def of_base_layer(self, value: Any) -> Any:
         """A method of the base layer, which may be a second way to its output, runs with the updates."""
-        if not inspect.ismethod(value) or self.quantization_backend is not None or not self.acting():
+        if not inspect.ismethod(value):
+            return value
+        self.unmerge_if_disabled()
+        if self.quantization_backend is not None or not self.acting():
             return value
 
         @functools.wraps(value)
@@ -217,9 +225,8 @@ class FloraLayer(FloraWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output, with the updates of all active adapters."""
         adapter_names = kwargs.pop("adapter_names", None)
+        self.unmerge_if_disabled()
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
             return self.mixed_forward(adapter_names, *args, **kwargs)

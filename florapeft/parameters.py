@@ -155,13 +155,16 @@ class FloraParameters(FloraLayer):
     @property
     def weight(self) -> Any:
         """The base layer's; with its updates where it is one of the adapted ones."""
+        self.unmerge_if_disabled()
         own = "weight" in self.weight_names.values()
         return self._updated_weight("weight", self.acting()) if own else super().weight
 
     def __getattr__(self, name: str) -> Any:
         """As in every layer; a weight comes with its updates."""
-        own = name in vars(self).get("weight_names", {}).values()
-        return self._updated_weight(name, self.acting()) if own else super().__getattr__(name)
+        if name not in vars(self).get("weight_names", {}).values():
+            return super().__getattr__(name)
+        self.unmerge_if_disabled()
+        return self._updated_weight(name, self.acting())
 
 
 class MultiheadAttention(FloraParameters):

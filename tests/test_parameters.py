@@ -182,6 +182,10 @@ class TestBareParameters:
         assert_close(F.linear(X, layer.matrix), F.linear(X, expected), rtol=1e-4, atol=1e-4)
         layer.merge()
         assert isinstance(layer.matrix, nn.Parameter)
+        assert_close(layer.matrix, expected)
+        layer.enable_adapters(False)
+        assert_close(layer.matrix, net().bare.matrix)
+        assert not layer.merged
 
     def test_which_delta_weight(self):
         layer = get_peft_model(net(), config()).base_model.model.bare

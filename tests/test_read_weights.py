@@ -116,6 +116,13 @@ class TestAdaptedEqualsMerged:
         assert_close(model(X), expected)
         assert_close(model.merge_and_unload()(X), expected)
 
+    def test_disabling_takes_out_what_is_merged(self, way):
+        model = attach(way, init_weights=False)
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert_close(model(X), build(way)(X))
+            assert not any(module.merged for module in model.modules() if isinstance(module, FloraLayer))
+
     def test_starts_at_the_base_and_everything_has_a_gradient(self, way):
         model = attach(way)
         assert_close(model(X), build(way)(X), rtol=0, atol=0)
