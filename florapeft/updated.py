@@ -125,20 +125,7 @@ class UpdatedWeight:
     def __matmul__(self, other: Tensor) -> Tensor:
         return torch.matmul(self, other)
 
-    def __add__(self, other: Any) -> Tensor:
-        return self.dense() + other
-
-    def __sub__(self, other: Any) -> Tensor:
-        return self.dense() - other
-
-    def __mul__(self, other: Any) -> Tensor:
-        return self.dense() * other
-
-    def __rmul__(self, other: Any) -> Tensor:
-        return other * self.dense()
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return self.dense() / other
+    __hash__ = object.__hash__  # a class with `__eq__` has none
 
     @classmethod
     def __torch_function__(
@@ -154,6 +141,21 @@ class UpdatedWeight:
             if result is not None:
                 return result
         return func(*_dense(args), **_dense(kwargs))
+
+
+def _of_dense(name: str) -> Callable[..., Any]:
+    def operator(self: UpdatedWeight, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*others)
+
+    return operator
+
+
+# Python looks operators up in the class. Those that write into the weight are left out.
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_OF_ONE = ("neg", "pos", "abs", "bool", "int", "float")
+for _name in (*_ARITHMETIC, *(f"r{_name}" for _name in _ARITHMETIC), *_COMPARISONS, *_OF_ONE, "contains"):
+    setattr(UpdatedWeight, f"__{_name}__", _of_dense(f"__{_name}__"))
 
 
 _METADATA = {"shape", "dtype", "device", "ndim", "layout", "size", "dim", "numel", "requires_grad", "data_ptr"}

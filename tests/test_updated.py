@@ -95,6 +95,37 @@ OTHERS = {
     "keyword": (MATRIX, random(3, 12), lambda x, w: F.linear(input=x, weight=w)),
     "rows": (STACK, random(3, 12), lambda x, w: torch.stack([F.linear(x, part) for part in w])),
 }
+# Every operator of a tensor that has no product's factored form, with the weight on either side.
+OPERATORS = {
+    "-w": lambda x, w: -w,
+    "+w": lambda x, w: +w,
+    "abs(w)": lambda x, w: abs(w),
+    "w + x": lambda x, w: w + x,
+    "1 + w": lambda x, w: 1 + w,
+    "w - 1": lambda x, w: w - 1,
+    "1 - w": lambda x, w: 1 - w,
+    "x - w": lambda x, w: x - w,
+    "w * x": lambda x, w: w * x,
+    "2 * w": lambda x, w: 2 * w,
+    "w / x": lambda x, w: w / x,
+    "1 / w": lambda x, w: 1 / w,
+    "w ** 2": lambda x, w: w**2,
+    "2 ** w": lambda x, w: 2**w,
+    "w // 2": lambda x, w: w // 2,
+    "2 // w": lambda x, w: 2 // w,
+    "w % 2": lambda x, w: w % 2,
+    "2 % w": lambda x, w: 2 % w,
+    "w + w": lambda x, w: w + w,
+    "w == 0": lambda x, w: w == 0,
+    "w == w": lambda x, w: w == w,
+    "x != w": lambda x, w: x != w,
+    "w != x": lambda x, w: w != x,
+    "w < 0": lambda x, w: w < 0,
+    "w <= x": lambda x, w: w <= x,
+    "w > 0": lambda x, w: w > 0,
+    "x >= w": lambda x, w: x >= w,
+    "0.5 in w": lambda x, w: 0.5 in w,
+}
 CASES = [(name, rank) for name, (shape, *_) in {**PRODUCTS, **OTHERS}.items() for rank in RANKS[shape]]
 
 
@@ -112,6 +143,26 @@ class TestActsAsTheSum:
             results.append((result, torch.autograd.grad(result.square().sum(), inputs, retain_graph=True)))
         assert_close(results[0][0], results[1][0], **loose)
         assert_close(results[0][1], results[1][1], **loose)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name):
+    weight, plain, _ = updated(MATRIX, (3, 4))
+    expected = OPERATORS[name](x := random(8, 12), plain)
+    result = OPERATORS[name](x, weight)
+    assert type(result) is type(expected)
+    assert_close(result, expected)
+
+
+@pytest.mark.parametrize("one", [0.0, 1.0])
+def test_a_single_entry_is_a_number(one):
+    weight = UpdatedWeight(torch.full((1, 1), one), [])
+    assert (bool(weight), float(weight), int(weight), one in weight) == (bool(one), one, int(one), True)
+
+
+def test_is_hashed_by_identity():
+    weight, twin = (UpdatedWeight(torch.ones(1, 1), []) for _ in range(2))
+    assert len({weight, twin, weight}) == 2
 
 
 class NothingLike(TorchDispatchMode):
