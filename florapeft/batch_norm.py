@@ -59,15 +59,15 @@ class FloraBatchNorm(FloraWrapper):
         """Give the adapter a copy of the base's statistics."""
         self.flora_statistics[adapter_name] = Statistics(self.get_base_layer())
 
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+    def forward(self, input: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         """The batch norm's output, with the statistics of the first active adapter that has some."""
         self.unmerge_if_disabled()
         if self.disable_adapters:
-            return self.base_layer(x)
+            return self.base_layer(input)
         if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names)
+            return self._mixed_forward(input, adapter_names)
         name = self._first_of()
-        return self.base_layer(x) if self.merged or name is None else self._forward_with(name, x)
+        return self.base_layer(input) if self.merged or name is None else self._forward_with(name, input)
 
     def _forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
         base, statistics = self.get_base_layer(), self.flora_statistics[adapter_name]

@@ -241,7 +241,7 @@ class FloraModel(BaseTuner):
                 parent_name, _, own_name = name.rpartition(".")
                 layer = FloraBatchNorm(norm, adapter_name)
                 layer.set_adapter(self.active_adapters)
-                setattr(model.get_submodule(parent_name), own_name, layer)
+                self._replace_module(model.get_submodule(parent_name), own_name, layer, norm)
             layer.update_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

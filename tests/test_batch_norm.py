@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2))
 
     def forward(self, x):
-        x = self.instance(self.average(torch.relu(self.norm(self.conv(x)))))
+        x = self.instance(self.average(torch.relu(self.norm(input=self.conv(x)))))
         return self.head(self.lin(self.none(x).mean(2)))
 
 
@@ -123,6 +123,26 @@ class TestSaving:
             own = model.base_model.model.get_submodule(name).flora_statistics["default"]
             for buffer in STATISTICS:
                 assert torch.equal(getattr(own, buffer), getattr(plain.base_model.model.get_submodule(name), buffer))
+
+    def test_of_a_norm_in_two_places(self, tmp_path):
+        def twice():
+            torch.manual_seed(0)
+            norm = nn.BatchNorm1d(3)
+            return nn.Sequential(nn.Linear(3, 3), norm, nn.Linear(3, 3), norm)
+
+        model = get_peft_model(twice(), config(target_modules=["0"]))
+        places = model.base_model.model
+        assert isinstance(places[1], FloraBatchNorm)
+        assert places[1] is places[3]
+        for seed in range(3):
+            model.train()(batch(seed)[..., 0])
+        assert equal(statistics(model), statistics(twice()))
+        x, model = batch(99)[..., 0], model.eval()
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(twice(), tmp_path).eval()(x), model(x))
+        unloaded = model.unload()
+        assert unloaded[1] is unloaded[3]
+        assert type(unloaded[1]) is nn.BatchNorm1d
 
     def test_training_on(self, tmp_path):
         model = trained()
