@@ -270,9 +270,12 @@ class FloraLayer(FloraWrapper):
                 "cannot merge into a layer quantised with torchao without knowing how: only models that transformers "
                 "loaded with a TorchAoConfig say so"
             )
+        merged: dict[str, Tensor] = {}
         for name in names if finite else ():
             for weight_name, delta in self.delta_weights(name).items():
-                if not torch.isfinite(add_update(self._get_base(weight_name), delta.detach())).all():
+                weight = merged[weight_name] if weight_name in merged else self._get_base(weight_name)
+                merged[weight_name] = add_update(weight, delta.detach())
+                if not torch.isfinite(merged[weight_name]).all():
                     # PEFT's own message, which its users know.
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

@@ -323,6 +323,22 @@ class TestSafeMerge:
             layer.merge(safe_merge=True)
         assert torch.equal(module.weight, before)
 
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    def test_overflow_of_two_adapters_together(self, merge):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+        before = [p.detach().clone() for p in base.parameters()]
+        config = FloraConfig(r=4, target_modules=["0", "1"])
+        model = get_peft_model(base, config)
+        model.add_adapter("b", copy.copy(config))
+        for name in ("default", "b"):  # each is finite by itself
+            base[1].tucker(name).core.data.fill_(40000)
+        model.base_model.set_adapter(["default", "b"])
+        with pytest.raises(ValueError, match=r"The adapter b seems to be broken"):
+            getattr(model, merge)(safe_merge=True)
+        after = [p for n, p in model.named_parameters() if "flora_" not in n]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert not any(layer.merged for layer in model.base_model.model)
+
     @pytest.mark.parametrize("name", KINDS)
     def test_is_the_same_merge(self, name):
         module, _, _ = build(name)
