@@ -96,14 +96,19 @@ class FloraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.resolved and not config.inference_mode:  # attached before, and that adapter saves what it is
             config = self.peft_config[adapter_name] = config.as_given()
-        given = {"target_modules": config.target_modules, "ranks": config.ranks}
+        given = {name: getattr(config, name) for name in ("target_modules", "target_parameters", "ranks")}
         if not config.inference_mode:
             warn_of_unmatched(config, model)
-        with warnings.catch_warnings():
-            # PEFT looks for rank patterns among modules alone, and is silent about one name to exclude beside another.
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-            warnings.filterwarnings("ignore", message="You have passed exclude_modules=")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for rank patterns among modules alone, and is silent about one name to exclude beside
+                # another.
+                warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules=")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            vars(config).update(given)  # for another model, or another attempt
+            raise
         config.target_modules = self._target_modules
         now = {name: (value, getattr(config, name)) for name, value in given.items()}
         config.resolved = {name: values for name, values in now.items() if values[0] != values[1]}

@@ -13,6 +13,12 @@ def mlp():
     return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 4, 4))
+
+
 class TestBudget:
     @pytest.mark.parametrize("budget", [200, 0.2, 0.3])
     @pytest.mark.parametrize("targets", [["0", "2"], "all-weights"])
@@ -60,6 +66,23 @@ class TestBudget:
         assert second.ranks == models[1].peft_config["default"].ranks
         config.ranks = {"0": [2, 2]}  # asked for since
         assert get_peft_model(mlp(), config).peft_config["default"].ranks == {"0": [2, 2]}
+
+    def test_a_configuration_that_one_model_refuses_serves_another(self):
+        config = FloraConfig(budget=20, target_modules="all-weights", modules_to_save=["heads"])
+        before = config.to_dict()
+        base = nn.ModuleDict({"lin": nn.Linear(4, 4), "heads": nn.ModuleDict({"x": nn.Linear(4, 4)})})
+        with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+            get_peft_model(base, config)
+        assert config.to_dict() == before
+        config.modules_to_save = None
+        assert get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).peft_config["default"].ranks.keys() == {"0"}
+
+    def test_after_a_model_with_experts_one_without(self):
+        config = FloraConfig(r=2, target_modules="all-weights")
+        model = get_peft_model(nn.ModuleDict({"lin": nn.Linear(4, 4), "block": Experts()}), config)
+        assert model.peft_config["default"].target_parameters == ["block.stack"]
+        other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+        assert other.peft_config["default"].target_parameters is None
 
     @pytest.mark.parametrize(
         ("task", "network", "head"),
