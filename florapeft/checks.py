@@ -22,10 +22,10 @@ from florapeft.targets import Target, candidates, own_parameters, token_modules,
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     """An adapter's name becomes part of the names of modules and of the keys that adapters are saved under."""
     parts = {*CONTAINERS, "out_proj_weight", *(name.rpartition(".")[2] for name, _ in model.named_parameters())}
-    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
-            f"adapter name {adapter_name!r} cannot be that of a module: choose one without dots that no attribute of "
-            "torch's modules has"
+            f"adapter name {adapter_name!r} cannot be that of a module: choose one that is not empty, without dots, "
+            "that no attribute of torch's modules has"
         )
     if adapter_name.isdecimal() or adapter_name in parts:
         raise ValueError(

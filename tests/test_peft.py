@@ -315,6 +315,18 @@ class TestSeveralAdapters:
         assert torch.equal(out(model), expected)
         assert list(model.peft_config) == ["default"]
 
+    @pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix:UserWarning")
+    @pytest.mark.parametrize("name", ["", "training", "_modules", "a.b", "forward"])
+    def test_names_that_no_module_can_have(self, name):
+        base = net()
+        with pytest.raises(ValueError, match=f"adapter name '{name}' cannot be that of a module"):
+            get_peft_model(base, config(), adapter_name=name)
+        assert not any(isinstance(module, FloraLayer) for module in base.modules())
+        model = get_peft_model(base, config())
+        with pytest.raises(ValueError, match=f"adapter name '{name}' cannot be that of a module"):
+            model.add_adapter(name, config())
+        assert list(model.peft_config) == ["default"]
+
     @pytest.mark.parametrize("name", ["flora", "lora", "flora_"])
     def test_names_within_the_prefix(self, name, tmp_path):
         with pytest.warns(UserWarning, match=f"Adapter name '{name}' should not be contained in the prefix"):
