@@ -17,7 +17,7 @@ import warnings
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -191,6 +191,12 @@ class _Updates(NamedTuple):
         update[padding] = 0
         return update, missed
 
+    def about(self, target: Target, **more: Any) -> dict[str, Any]:
+        """What a result for this very change is kept under."""
+        survey = self.survey
+        named = {"name": target.name, "norm": survey.norms[target.name]}
+        return {**named, "fingerprint": survey.fingerprints[target.name], **more}
+
     def scale(self, target: Target) -> float:
         return from_pattern(self.config.scale_pattern, target, self.config.scale)
 
@@ -213,7 +219,7 @@ def _spend(
     for count, target in enumerate(targets):
         progress("measuring", count, len(targets))
         grid, energies = rank_grid(target.shape), None
-        about = {"name": target.name, "norm": updates.survey.norms[target.name], "grid": grid}
+        about = updates.about(target, grid=grid)
         if (kept := store.get(target.name, "energies", about)) is not None:
             energies = kept["energies"]
         else:
@@ -254,7 +260,7 @@ def _fit_all(
 def _fit(target: Target, rank: tuple[int, ...], updates: _Updates, store: Store) -> tuple[Tucker, float]:
     """The best Tucker tensor of this rank, divided by the adapter's scale, and its relative error."""
     norm = updates.survey.norms[target.name]
-    about = {"name": target.name, "norm": norm, "shape": target.shape, "rank": rank, "scale": updates.scale(target)}
+    about = updates.about(target, shape=target.shape, rank=rank, scale=updates.scale(target))
     kept = store.get(target.name, "tucker", about)
     if kept is None:
         update, missed = updates(target)

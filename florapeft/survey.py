@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,12 +24,14 @@ class Survey(NamedTuple):
         places: for every tensor of the model its names in base and tuned; None where it is missing.
         norms: of the change of every target, by the target's name.
         relative: the same, relative to the base's weight.
+        fingerprints: of the same changes, signed; other changes of the same norm have others.
         lost: what changed and is not kept.
     """
 
     places: dict[str, tuple[str | None, str | None]]
     norms: dict[str, float]
     relative: dict[str, float | None]
+    fingerprints: dict[str, float]
     lost: list[Lost]
 
     def as_lost(self, target: Target) -> Lost:
@@ -51,7 +54,7 @@ def read_all(
     of_target = {f"{target.module}.{target.weight}": target for target in targets}
     groups = tied_names(model)
     places = _places(groups, set(kept.values()), weights, getattr(model, "base_model_prefix", ""))
-    survey = Survey(places, {}, {}, [])
+    survey = Survey(places, {}, {}, {}, [])
     for count, (name, aliases) in enumerate(groups.items()):
         progress("reading", count, len(groups))
         target = next((of_target[alias] for alias in aliases if alias in of_target), None)
@@ -71,9 +74,11 @@ def read_all(
             if norm := (after.to(before.device, torch.float64) - before.double()).norm().item():
                 survey.lost.append(Lost(name, norm, None))
             continue
-        norm, size = difference(before, after).norm().item(), before.float().norm().item()
+        change = difference(before, after)
+        norm, size = change.norm().item(), before.float().norm().item()
         relative = norm / size if size > 0 else None
         if target is not None:
+            survey.fingerprints[target.name] = _fingerprint(change)
             survey.norms[target.name], survey.relative[target.name] = norm, relative
         elif norm > 0:
             survey.lost.append(Lost(name, norm, relative))
@@ -150,3 +155,11 @@ def difference(before: Tensor, after: Tensor) -> Tensor:
     """`after − before`, on the device of `before`, in at least float32; a new tensor."""
     dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
     return after.to(before.device, dtype) - before.to(dtype)
+
+
+def _fingerprint(change: Tensor) -> float:
+    """`uᵀ M v` of the change's first unfolding M, with vectors drawn from a fixed seed."""
+    matrix = change.reshape(change.shape[0], math.prod(change.shape[1:]))
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(size, generator=generator).to(change) for size in matrix.shape)
+    return (u @ (matrix @ v)).item()

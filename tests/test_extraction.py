@@ -509,6 +509,15 @@ class TestResuming:
         model = extract(copy.deepcopy(base), other, self.CONFIG, work=tmp_path)
         assert model.extraction == extract(base, other, self.CONFIG).extraction
 
+    @pytest.mark.parametrize("budget", [None, 0.3])
+    def test_nor_those_of_the_way_back(self, pair, tmp_path, budget):
+        """Issue: from tuned to base the changes have the same norms, and the opposite sign."""
+        base, tuned = pair
+        config = self.CONFIG if budget is None else FloraConfig(target_modules="all-weights", budget=budget)
+        extract(copy.deepcopy(base), copy.deepcopy(tuned), config, work=tmp_path)
+        model = extract(copy.deepcopy(tuned), base, config, work=tmp_path)
+        assert_close(model(IDS), extract(copy.deepcopy(tuned), base, config)(IDS), rtol=0, atol=0)
+
     def test_a_broken_file_is_computed_again(self, pair, tmp_path):
         base, tuned = pair
         first = extract(copy.deepcopy(base), tuned, self.CONFIG, work=tmp_path)
