@@ -24,7 +24,8 @@ def check_state_dict(
         given: tensors by key.
         expected: the model's own tensors of this adapter, by key; only their shapes matter.
         others: what else of the model a checkpoint may hold (a new head, biases, embeddings), by key without PEFT's
-            prefix. Their shapes are for PEFT to check, which can be told to pass over those that differ.
+            prefix. Their shapes are for PEFT to check, which can be told to pass over those that differ. A buffer among
+            them, such as a mask, may be infinite.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape, not floating point, or not finite.
@@ -50,8 +51,31 @@ def check_state_dict(
     floating = [key for key in given if others[key.removeprefix(PREFIX)].is_floating_point()]
     if integer := [key for key in floating if not given[key].is_floating_point()]:
         fail(f"{{key}} has dtype {given[integer[0]].dtype}, which is not floating point", integer)
-    if broken := [key for key, value in given.items() if not value.is_meta and not torch.isfinite(value).all()]:
+    parameters = [key for key in given if isinstance(others[key.removeprefix(PREFIX)], nn.Parameter)]
+    values = {key: given[key] for key in [*own, *parameters] if not given[key].is_meta}
+    if broken := [key for key, value in values.items() if not torch.isfinite(value).all()]:
         fail("{key} has values that are not finite", broken)
+
+
+def where_they_stand(given: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the model's own keys for those of layers that adapters wrap here, or did where they were saved.
+
+    Args:
+        given: tensors by key.
+        others: the model's tensors by key without PEFT's prefix.
+    """
+    places = {_unwrapped(key): key for key in others}
+    found = {}
+    for key, value in given.items():
+        bare = key.removeprefix(PREFIX)
+        is_elsewhere = bare not in others and not _ADAPTER_KEY.search(key)
+        place = places.get(_unwrapped(bare), bare) if is_elsewhere else bare
+        found[key.removesuffix(bare) + place] = value
+    return found
+
+
+def _unwrapped(key: str) -> str:
+    return key.replace(".base_layer.", ".")
 
 
 def under_other_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

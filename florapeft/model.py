@@ -23,7 +23,7 @@ from florapeft.batch_norm import (
     warn_at_first_step,
     warn_when_trained,
 )
-from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names
+from florapeft.checkpoint import CONTAINERS, PREFIX, check_state_dict, under_other_names, where_they_stand
 from florapeft.checks import check_adapter_name, check_modules_to_save, check_nesting, check_tokens, warn_of_unmatched
 from florapeft.combine import check_combination, combined_config, combined_tuckers, compress, fill
 from florapeft.config import FloraConfig
@@ -345,7 +345,7 @@ class FloraModel(BaseTuner):
             ValueError: the checkpoint does not fit the model, or is broken; the message says where.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        state = model.state_dict()
+        state = model.state_dict(keep_vars=True)
         own = tuple(
             f"{name}.{attribute}.{adapter_name}."
             for name, module in model.named_modules()
@@ -354,6 +354,7 @@ class FloraModel(BaseTuner):
         )
         expected = {key: value for key, value in state.items() if key.startswith(own)}
         others = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        remapped = where_they_stand(remapped, others)
         try:
             check_state_dict(remapped, expected, others, adapter_name)
         except ValueError:

@@ -297,6 +297,48 @@ class TestBesideTheAdapter:
             model.load_adapter(tmp_path, "default")
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
+    def test_a_buffer_of_a_head_may_be_infinite(self, tmp_path):
+        """Issue: a head with a mask of -inf was saved, and refused when it was loaded."""
+
+        def new():
+            torch.manual_seed(0)
+            head = nn.Linear(4, 2)
+            head.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+            return nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=head))
+
+        saved = FloraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_weights=False)
+        model = get_peft_model(new(), saved)
+        model.save_pretrained(tmp_path)
+        loaded, x = PeftModel.from_pretrained(new(), tmp_path), torch.randn(3, 4)
+        assert torch.equal(loaded(x), model(x))
+
+    @pytest.mark.parametrize("wraps", ["the model's adapter", "the saved model's other adapter"])
+    def test_biases_of_layers_that_one_side_alone_wraps(self, wraps, tmp_path):
+        """Issue: `1.bias` of the file is `1.base_layer.bias` where another adapter acts on that layer."""
+
+        def new():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        other = FloraConfig(r=2, target_modules=["1"], init_weights=False)
+        model = get_peft_model(
+            new(), FloraConfig(r=2, target_modules=["0"], bias="all", init_weights=False), adapter_name="mine"
+        )
+        model.base_model.model[1].bias.data.add_(1)
+        x = torch.randn(3, 4)
+        expected = model(x)
+        if wraps == "the model's adapter":
+            model.save_pretrained(tmp_path)
+            loaded = get_peft_model(new(), other)
+            loaded.load_adapter(tmp_path / "mine", "mine")
+            loaded.set_adapter("mine")
+        else:
+            model.add_adapter("other", other)
+            model.save_pretrained(tmp_path, selected_adapters=["mine"])
+            assert "base_model.model.1.base_layer.bias" in load_file(tmp_path / "mine" / "adapter_model.safetensors")
+            loaded = PeftModel.from_pretrained(new(), tmp_path / "mine", adapter_name="mine")
+        torch.testing.assert_close(loaded(x), expected)
+
     @pytest.mark.parametrize("name", ["0", "1"])
     def test_a_head_named_like_a_mode_is_refused(self, name):
         """PEFT would take an adapter's factor for the head."""
@@ -396,12 +438,14 @@ class TestOtherFiles:
             ("head.weight", torch.tensor([1, 2]), "head.weight has dtype torch.int64, which is not floating point"),
             ("body.weight", torch.ones(2), "the checkpoint has body.weight, for which the model has no place"),
             ("steps", torch.tensor([1, 2]), None),
+            ("mask", torch.tensor([0.0, -torch.inf]), None),
             ("base_model.model.head.weight", torch.ones(3), None),  # shapes of what is not ours are PEFT's to check
         ],
     )
     def test_what_is_saved_beside_the_adapter(self, name, value, problem):
         core = {"a.flora_core.default.weight": torch.ones(2)}
-        others = {**core, "head.weight": torch.ones(2), "steps": torch.tensor([0, 0])}
+        buffers = {"steps": torch.tensor([0, 0]), "mask": torch.zeros(2)}
+        others = {**core, **buffers, "head.weight": nn.Parameter(torch.ones(2))}
         refused = nullcontext() if problem is None else pytest.raises(ValueError, match=re.escape(problem))
         with refused:
             check_state_dict({**core, name: value}, core, others, "default")
