@@ -44,8 +44,9 @@ class FloraConfig(PeftConfig):
         init_weights: True for the default start, an update of exactly zero; False for a random small update; or the
             name of a start, one of "released", "variance", "zero_output" (see `florapeft.init`), or "gradient": the
             default start until `florapeft.initialize_from_gradients` is called.
-        target_modules: list of names or suffixes, a regular expression over full names, "all-linear" or "all-weights";
-            None takes PEFT's table for models it knows, or nothing where there are `target_parameters`.
+        target_modules: list of names or suffixes (`^` begins what is a full name only), a regular expression over full
+            names, "all-linear" or "all-weights"; None takes PEFT's table for models it knows, or nothing where there
+            are `target_parameters`.
         target_parameters: list of names or suffixes of bare parameters of any order: stacks of experts, norm gains,
             biases, matrices that no layer holds. A vector's update is a vector. "all-weights" adds stacks of experts.
         exclude_modules: list of names or suffixes, or a regular expression, of modules to leave alone.

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from florapeft.targets import (
     describe,
     exact_targets,
     find_targets,
+    is_selected,
     is_shorthand,
 )
 
@@ -176,7 +177,7 @@ class FloraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: FloraConfig, key: str) -> Any:
-        match = check_target_module_exists(peft_config, key)
+        match = is_selected(peft_config, key)
         if match and peft_config.ranks is not None:
             # A target of an attention module is one of its weights.
             return key in peft_config.ranks or any(name.startswith(f"{key}.") for name in peft_config.ranks)

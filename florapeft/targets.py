@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
@@ -30,6 +30,8 @@ from florapeft.parameters import (
 )
 from florapeft.support import is_supported_kind, shared_weights, why_not, why_not_parameter
 
+# Begins a full name in a list of `target_modules`, whose other entries are suffixes too.
+FULL_NAME = "^"
 SHORTHANDS = (ALL_WEIGHTS, INCLUDE_LINEAR_LAYERS_SHORTHAND)
 
 # Names that transformers' classes for tasks give their heads, at the top of the model.
@@ -124,16 +126,24 @@ def find_targets(model: nn.Module, config: FloraConfig) -> list[Target]:
     return targets
 
 
-def exact_targets(targets: Iterable[Target], model: nn.Module) -> set[str] | str:
-    """A value of `target_modules` that selects these targets' modules and no others, as PEFT matches names.
+def exact_targets(targets: Iterable[Target], model: nn.Module) -> set[str]:
+    """A value of `target_modules` that selects these targets' modules and no others: full names.
 
-    The full names; or, where PEFT would also take one for the suffix of another module's name, a regular expression.
+    `FULL_NAME` begins those that PEFT would also take for the suffix of another module's name, and those by which it
+    would save a whole base embedding beside the adapter.
     """
     names = {target.module for target in targets if not target.bare}
-    others = (name for name, _ in model.named_modules() if name not in names)
-    if any(other.endswith(tuple(f".{name}" for name in names)) for other in others):
-        return "|".join(map(re.escape, sorted(names)))
-    return names
+    others = [name for name, _ in model.named_modules() if name not in names]
+    suffixes = {other[place + 1 :] for other in others for place, sign in enumerate(other) if sign == "."}
+    return {f"{FULL_NAME}{name}" if name in suffixes.union(EMBEDDING_LAYER_NAMES) else name for name in names}
+
+
+def is_selected(config: FloraConfig, name: str) -> Any:
+    """What PEFT says of whether the fields of `config` select a module; its full name selects it too."""
+    found = check_target_module_exists(config, name)
+    if found or isinstance(found, _ExcludedModule) or isinstance(config.target_modules, str):
+        return found
+    return f"{FULL_NAME}{name}" in (config.target_modules or ())
 
 
 def bare_parameters(targets: Iterable[Target]) -> list[str]:
@@ -238,11 +248,11 @@ def _select(model: nn.Module, config: FloraConfig, modules: dict[str, nn.Module]
     if chosen is not None:
         chosen = chosen - set(token_modules(model, config))
     resolved = config if chosen is None else replace(config, target_modules=chosen)
-    selected = [name for name in modules if check_target_module_exists(resolved, name)]
+    selected = [name for name in modules if is_selected(resolved, name)]
     if not selected and config.target_modules != DUMMY_TARGET_MODULES:
         # Where everything that matches is excluded, PEFT says so itself.
         unrestricted = replace(resolved, exclude_modules=None, modules_to_save=None)
-        if not any(check_target_module_exists(unrestricted, name) for name in modules):
+        if not any(is_selected(unrestricted, name) for name in modules):
             raise ValueError(_nothing_matches(model, config, modules))
     return selected
 
@@ -345,7 +355,9 @@ def _check_names(ranks: dict[str, list[int]], names: list[str]) -> None:
 def unmatched_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Those of `names` that none of the known ones is, nor ends with, each with a suggestion."""
     return [
-        name + _closest(name, known) for name in sorted(names) if not any(_matches(other, [name]) for other in known)
+        name + _closest(name, known)
+        for name in sorted(names)
+        if not any(_matches(other, [name]) or name == f"{FULL_NAME}{other}" for other in known)
     ]
 
 

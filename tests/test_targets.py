@@ -1,5 +1,6 @@
 """What is adapted, what is left out and why; after an error the model is as it was."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -162,6 +164,32 @@ class TestSelection:
         """PEFT condenses long lists of names to suffixes; the same modules must be meant."""
         model = nn.ModuleDict({f"m{n}": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.LayerNorm(2)}) for n in range(30)})
         assert adapted(model, target_modules="all-weights") == {f"m{n}.a" for n in range(30)}
+
+    @pytest.mark.parametrize("layers", [1, 3])  # of three layers there are so many names that PEFT condenses them
+    @pytest.mark.parametrize("is_whole", [False, True])
+    @pytest.mark.parametrize("shorthand", ["all-weights", "all-linear"])
+    def test_the_base_embedding_is_not_saved_along(self, layers, is_whole, shorthand, tmp_path):
+        """Issue: PEFT saves the embedding in full where it finds its name, in a list or as what a text matches."""
+
+        def build():
+            torch.manual_seed(0)
+            model = llama() if is_whole else llama().model
+            config = copy.deepcopy(model.config)
+            config.num_hidden_layers = layers
+            model = type(model)(config)
+            model.self_attn = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "embed_tokens": nn.LayerNorm(8)})
+            model.q_proj = nn.Linear(8, 8)  # other names end with this one
+            return model
+
+        model = get_peft_model(build(), FloraConfig(r=2, target_modules=shorthand, init_weights=False))
+        name = "base_model.model.model.embed_tokens" if is_whole else "base_model.model.embed_tokens"
+        assert isinstance(model.get_submodule(name), FloraLayer) is (shorthand == "all-weights")
+        model.save_pretrained(tmp_path)
+        assert all(".flora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+        loaded, ids = PeftModel.from_pretrained(build(), tmp_path, is_trainable=True), torch.tensor([[1, 2, 3]])
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+        loaded.save_pretrained(tmp_path / "again")
+        assert all(".flora_" in key for key in load_file(tmp_path / "again" / "adapter_model.safetensors"))
 
     def test_subclasses_that_compute_the_same_are_adapted(self):
         class Named(nn.Linear):
