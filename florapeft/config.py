@@ -18,6 +18,7 @@ STARTS = ("released", "variance", "zero_output", "gradient")
 ALLOCATIONS = ("uniform", "spectrum")
 BIASES = ("none", "all", "flora_only")
 ALL_WEIGHTS = "all-weights"
+_LISTS = (list, tuple, set)
 
 
 @dataclass
@@ -133,6 +134,7 @@ class FloraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = FLORA
         self._validate_kinds()
+        self._validate_entries()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -160,8 +162,9 @@ class FloraConfig(PeftConfig):
         kinds: dict[str, tuple[type, ...]] = {
             **dict.fromkeys(("rank_pattern", "scale_pattern"), (dict,)),
             "ranks": (dict, type(None)),
-            **dict.fromkeys(("target_modules", "exclude_modules"), (list, tuple, set, str, type(None))),
-            "target_parameters": (list, tuple, set, type(None)),
+            **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (*_LISTS, str, type(None))),
+            **dict.fromkeys(("target_parameters", "modules_to_save"), (*_LISTS, type(None))),
+            "trainable_token_indices": (list, tuple, dict, type(None)),
             "layers_to_transform": (list, tuple, int, type(None)),
             "format_version": (int,),
         }
@@ -170,6 +173,26 @@ class FloraConfig(PeftConfig):
             if not isinstance(value, allowed) or isinstance(value, bool):
                 needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
                 raise TypeError(f"{name} must be of type {needed}, got {value!r}")
+
+    def _validate_entries(self) -> None:
+        """Check what the lists hold, and the keys of the dicts: names, which are texts, or indices."""
+        named = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern")
+        for name in (*named, "rank_pattern", "scale_pattern", "ranks"):
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) else value or ()
+            if wrong := [entry for entry in names if not isinstance(entry, str) or not entry]:
+                raise TypeError(f"{name} must hold names, got {wrong[0]!r}")
+        tokens = self.trainable_token_indices
+        by_name = tokens if isinstance(tokens, dict) else {"": tokens or ()}
+        if wrong := [entry for entry in by_name if not isinstance(entry, str)]:
+            raise TypeError(f"trainable_token_indices must hold names as keys, got {wrong[0]!r}")
+        layers = self.layers_to_transform
+        indices = [("trainable_token_indices", rows) for rows in by_name.values()]
+        for name, given in (*indices, ("layers_to_transform", [] if isinstance(layers, int) else layers or ())):
+            if not isinstance(given, _LISTS):
+                raise TypeError(f"{name} must hold lists of indices, got {given!r}")
+            if wrong := [entry for entry in given if not isinstance(entry, int) or isinstance(entry, bool)]:
+                raise TypeError(f"{name} must hold indices, got {wrong[0]!r}")
 
     def _validate_ranks(self) -> None:
         validate_rank(self.r, "r")
