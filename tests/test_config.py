@@ -179,7 +179,7 @@ RANK = "must be a positive integer or one per mode, got "
         ({"exclude_modules": 3}, TypeError, "exclude_modules must be of type list or .*, got 3"),
         ({"layers_to_transform": "1"}, TypeError, "layers_to_transform must be of type list or .*, got '1'"),
         ({"layers_to_transform": True}, TypeError, "layers_to_transform must be of type list or .*, got True"),
-        ({"modules_to_save": "head"}, TypeError, "modules_to_save must be of type list or tuple or set or None, got 'h"),
+        ({"modules_to_save": "head"}, TypeError, "modules_to_save must be of type list or .* or None, got 'head'"),
         ({"modules_to_save": [0]}, TypeError, "modules_to_save must hold names, got 0"),
         ({"target_modules": ""}, TypeError, "target_modules must hold names, got ''"),
         ({"target_modules": ["q", 1]}, TypeError, "target_modules must hold names, got 1"),
