@@ -45,7 +45,7 @@ def joined(
 
     Args:
         operation: for which `can_join` holds; if it has groups, with updates whose middle is all of dW.
-        x: its input, in the dtype of the weight, or under autocast in any.
+        x: its input, in the dtype of the weight, or under autocast in any but float64, which it leaves alone.
         weight: the frozen weight.
         bias: the frozen bias, or None.
         updates: at least one.
@@ -55,7 +55,7 @@ def joined(
             nothing but `x` and masks is kept then.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with without_autocast(device):
@@ -107,11 +107,12 @@ def can_join(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | Non
     else:
         plain = isinstance(operation, ConvTranspose)
     dimensions = 0 if isinstance(operation, Linear) else len(operation.stride) + 2
+    double = torch.float64 in (x.dtype, weight.dtype)
     return (
         plain
         and x.ndim == (dimensions or max(x.ndim, 1))
         and x.numel() > 0
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and (x.dtype == weight.dtype or (torch.is_autocast_enabled(x.device.type) and not double))
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias)))

@@ -199,6 +199,8 @@ class WeightLayer(FloraLayer):
             and "forward" not in vars(base)
             and not base._forward_hooks
             and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and not base._backward_pre_hooks
         )
 
     def extra_repr(self) -> str:

@@ -224,6 +224,15 @@ class TestIsTaken:
             assert bool(self.calls) == (change != "hook"), change
             self.calls.clear()
 
+    @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+    def test_not_past_a_hook(self, kind):
+        _, layer = attach(nn.Linear(6, 5))
+        seen = []
+        getattr(layer.get_base_layer(), f"register_{kind}_hook")(lambda *args: seen.append(1))
+        layer(torch.randn(2, 6, requires_grad=True)).sum().backward()
+        assert seen
+        assert not self.calls
+
     @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(6, 5), (2, 6)), (nn.Conv2d(6, 5, 3), (2, 6, 4, 4))])
     def test_dropout_keeps_a_mask_and_no_second_input(self, module, shape):
         model, layer = attach(module, flora_dropout=0.4, init_weights=False)
@@ -250,6 +259,19 @@ class TestIsTaken:
         y.float().square().sum().backward()
         assert x.grad.dtype == dtype
         assert_close(y, expected, rtol=0.05, atol=0.1)
+
+    @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(6, 5), (2, 6)), (nn.Conv2d(6, 5, 3), (2, 6, 4, 4))])
+    def test_autocast_leaves_float64(self, module, shape):
+        _, layer = attach(module.double(), init_weights=False)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert layer.base_layer(x).dtype == torch.float64
+            with pytest.raises(RuntimeError, match=r"dtype|type"):  # as without an adapter
+                layer(x.float())
+        assert len(self.calls) == 2
+        assert_close((y, *torch.autograd.grad(y.sum(), x)), (expected, *torch.autograd.grad(expected.sum(), x)))
 
 
 def test_set_recompute_reaches_every_layer():
