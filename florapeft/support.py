@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from florapeft.kinds import Embedding, adapted_kind, quantized_as
+from florapeft.kinds import Embedding, adapted_kind, quantized_as, weight_shape
+from florapeft.layer import parameter_shape, weight_of
 from florapeft.parameters import attention_weights
 
 # Methods that read weights for another purpose than computing with them.
@@ -36,8 +37,12 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         if quantized_as(module.out_proj) is not None:
             return "the weight of its out_proj is quantised"
-        computed = [w for w in attention_weights(module) if not _is_parameter(module, w)]
-        return f"its {computed[0]} is computed from other parameters (a parametrization)" if computed else None
+        for weight in attention_weights(module):
+            if not _is_parameter(module, weight):
+                return f"its {weight} is computed from other parameters (a parametrization)"
+            if 0 in (shape := parameter_shape(weight_of(module, weight))):
+                return f"its {weight} is empty (shape {shape})"
+        return None
     quantized = quantized_as(module)
     if quantized is not None and quantized != "linear":
         return "its weight is quantised, and it is no linear layer"
@@ -49,6 +54,8 @@ def why_not(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return "its weight is computed from other parameters (a parametrization)"
     if is_lazy(module.weight):
         return "its weight is not initialised yet: run the model once before"
+    if 0 in (shape := weight_shape(module)):
+        return f"its weight is empty (shape {shape})"
     if not module.weight.is_floating_point() or module.weight.itemsize == 1:
         return f"its weight has dtype {module.weight.dtype}, of a quantisation that PEFT does not know"
     if adapted_kind(module)[1] is Embedding and module.max_norm is not None:
@@ -68,6 +75,8 @@ def why_not_parameter(name: str, module: nn.Module, model: nn.Module) -> str | N
         return f"it is quantised (stored as {parameter.dtype})"
     if parameter.ndim == 0:
         return "it is a single number"
+    if 0 in (shape := parameter_shape(parameter)):
+        return f"it is empty (shape {shape})"
     sharded = _why_not_sharded(module)
     if sharded is not None:
         return sharded

@@ -268,12 +268,17 @@ class TestRefused:
         message = r"block.gain \(its module holds other targets, as block.lin"
         self.refused(message, nn.ModuleDict({"block": Block()}), target_modules=["lin"], target_parameters=["gain"])
 
-    @pytest.mark.parametrize("kind", ["integers", "a number"])
-    def test_of_another_nature(self, kind):
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            (torch.zeros(3, 4, dtype=torch.int8), r"it is quantised \(stored as torch.int8\)"),
+            (torch.tensor(1.0), "it is a single number"),
+            (torch.zeros(3, 0, 4), r"it is empty \(shape \(3, 0, 4\)\)"),
+        ],
+    )
+    def test_of_another_nature(self, value, reason):
         base = net()
-        value = torch.zeros(3, 4, dtype=torch.int8) if kind == "integers" else torch.tensor(1.0)
         base.bare.odd = nn.Parameter(value, requires_grad=False)
-        reason = r"it is quantised \(stored as torch.int8\)" if kind == "integers" else "it is a single number"
         self.refused(rf"bare.odd \({reason}\)", base, target_parameters=["odd"])
 
     @pytest.mark.parametrize("cls", [nn.ParameterDict, nn.ParameterList])

@@ -440,6 +440,11 @@ REFUSED = {
         r"computed from other parameters \(a parametrization\)",
     ),
     "lazy": (lambda: nn.LazyLinear(4), "its weight is not initialised yet: run the model once before"),
+    "empty": (lambda: nn.Embedding(0, 4), r"its weight is empty \(shape \(0, 4\)\)"),
+    "empty attention": (
+        lambda: nn.MultiheadAttention(4, 2, kdim=4, vdim=0),
+        r"its v_proj_weight is empty \(shape \(4, 0\)\)",
+    ),
     "norm": (lambda: nn.LayerNorm(4), "a LayerNorm is not a supported kind"),
     "recurrent": (lambda: nn.LSTM(4, 4), "a LSTM is not a supported kind"),
     "container": (lambda: nn.Sequential(nn.Linear(4, 4)), "a Sequential is not a supported kind"),
@@ -461,7 +466,7 @@ class TestRefused:
         assert_refused(beside(build()), message, target_modules=["q", "odd"])
 
     @pytest.mark.parametrize("shorthand", ["all-weights", "all-linear"])
-    @pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("lazy", "container")])
+    @pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("lazy", "container", "empty attention")])
     def test_shorthands_leave_it_out(self, name, shorthand):
         assert adapted(beside(REFUSED[name][0]()), target_modules=shorthand) == {"q"}
 
