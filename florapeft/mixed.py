@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from itertools import islice
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from florapeft.kinds import WeightLayer
-from florapeft.layer import FloraWrapper, in_order, samples_of
+from florapeft.layer import FloraWrapper, check_samples, in_order, samples_of
 from florapeft.updated import standing_in
 
 _NO_ADAPTER = "__base__"  # PEFT's name for it
@@ -34,7 +35,8 @@ def mixed_batch(
         arguments: of the model's forward or `generate`, which repeats every sample for beams, but not in an encoder.
 
     Raises:
-        ValueError: the model is in train mode, an adapter is merged, or there is no adapter of such a name.
+        ValueError: the model is in train mode, an adapter is merged, there is no adapter of such a name, or the number
+            of names is not that of the samples; this last where the model runs, within the context.
         TypeError: `adapter_names` is not a list or tuple of names.
         NotImplementedError: an adapted layer's samples are not on its first axis.
     """
@@ -68,6 +70,9 @@ def mixed_batch(
     others = [(m, "forward", partial(_forward, m, own)) for m, own in names.items() if not isinstance(m, FloraWrapper)]
     # What torch makes of padded samples is no batch that could be cut.
     others += [(m, "use_nested_tensor", False) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    if not _has_samples_second(model):
+        entries = [model, *islice(_encoder_modules(model), 1)]  # `generate` calls the encoder by itself
+        others += [(m, "forward", _not_of_one_sample(m.forward, adapter_names)) for m in entries]
     try:
         with standing_in(others):
             yield
@@ -95,6 +100,26 @@ def _check_axes(model: nn.Module, adapted: Sequence[str]) -> None:
             raise NotImplementedError(
                 f"`adapter_names` and an adapted {name}: its block, without batch_first, has samples on the second axis"
             )
+
+
+def _has_samples_second(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
+
+
+def _not_of_one_sample(forward: Callable[..., Any], adapter_names: Sequence[str]) -> Callable[..., Any]:
+    """A model's forward that takes no single sample for several adapters, as in PEFT's other methods.
+
+    Layers inside do: what is the same for all samples, such as positions, is computed once.
+    """
+
+    @wraps(forward)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
+        if given and all(value.size(0) == 1 for value in given):
+            check_samples(given[0], adapter_names)
+        return forward(*args, **kwargs)
+
+    return checked
 
 
 def _pass(
@@ -143,7 +168,7 @@ def _copies(arguments: Mapping[str, Any]) -> int:
 
 
 def _encoder_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a transformers encoder-decoder's encoder; of other models nothing."""
+    """The modules of a transformers encoder-decoder's encoder, itself first; of other models nothing."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     # transformers 5 answers with the model itself where there is no encoder.
     return iter(()) if encoder is None or encoder is model else encoder.modules()

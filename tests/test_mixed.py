@@ -206,6 +206,15 @@ class TestAttention:
         with torch.no_grad():
             assert_close(model(query=x, key=x, value=x, adapter_names=NAMES)[0], expected)
 
+    def test_of_one_position(self, batch_first, packed):
+        model, x = self.build(batch_first, packed)
+        query = x[0][:, :1] if batch_first else x[0][:1]
+        expected = one_by_one(model, lambda m: m(query, *x[1:])[0], NAMES, 0 if batch_first else 1)
+        assert_close(model(query, *x[1:], adapter_names=NAMES)[0], expected)
+        if packed:
+            expected = one_by_one(model, lambda m: m(query, query, query)[0], NAMES, 0 if batch_first else 1)
+            assert_close(model(query, query, query, adapter_names=NAMES)[0], expected)
+
     def test_of_another_length(self, batch_first, packed):
         model, x = self.build(batch_first, packed)
         with pytest.raises(ValueError, match=r"Length of `adapter_names` .* got 4 for a query of shape"):

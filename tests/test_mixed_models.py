@@ -253,6 +253,26 @@ class TestRefused:
         assert left_behind(model) == []
         assert torch.equal(out(model), expected)
 
+    @pytest.mark.parametrize("names", [NAMES, ["__base__"] * 2])
+    @pytest.mark.parametrize(
+        ("base", "task", "run"),
+        [
+            (net, None, out),
+            (gpt2, None, out),
+            (bert, "SEQ_CLS", out),
+            (llama, "CAUSAL_LM", out),
+            (llama, "CAUSAL_LM", generate),
+            (t5, None, generate),
+        ],
+    )
+    def test_one_sample_for_several_adapters(self, base, task, run, names):
+        """Inside of a model one sample stands for all where it is the same for all, as positions are."""
+        model = attach(base(), task_type=task, target_modules=r".*\.(q|v)" if base is t5 else "all-weights")
+        given = {"x": X[:1]} if run is out else {"input_ids": X[:1], "attention_mask": torch.ones_like(X[:1])}
+        with pytest.raises(ValueError, match=rf"Length of `adapter_names` .* got {len(names)} and 1 respectively"):
+            run(model, adapter_names=names, **given)
+        assert left_behind(model) == []
+
     def test_in_train_mode(self):
         model = attach(net()).train()
         with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
