@@ -26,6 +26,7 @@ from florapeft.layer import (
     parameter_shape,
     quantization_backend,
     samples_of,
+    weight_of,
 )
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, standing_in
@@ -153,7 +154,7 @@ class WeightLayer(FloraLayer):
 
     def _updated_weight(self, active: Sequence[str]) -> UpdatedWeight | Tensor:
         updates = [Update.of(self.tucker(name), self.scaling[name], self.flora_dropout[name]) for name in active]
-        return UpdatedWeight(self.get_base_layer().weight, updates)
+        return UpdatedWeight(weight_of(self.get_base_layer(), "weight"), updates)
 
     def _update(self, name: str, operation: contract.Operation, x: Tensor, route: str) -> Tensor:
         """What the adapter adds to the base layer's output."""

@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from florapeft import contract
 from florapeft.config import FloraConfig
 from florapeft.tucker import Tucker
+from florapeft.updated import standing_before
 
 
 class AdapterWeight(nn.Module):
@@ -375,9 +376,12 @@ def parameter_shape(weight: Tensor) -> tuple[int, ...]:
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor:
-    """The module's weight of this name, which may be that of a submodule; under FSDP it is no nn.Parameter."""
+    """The module's weight of this name, which may be that of a submodule; under FSDP it is no nn.Parameter.
+
+    Also while another thread has something else standing in its place.
+    """
     owner_name, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(owner_name), attribute)
+    return standing_before(module.get_submodule(owner_name), attribute)
 
 
 def quantization_backend(module: nn.Module, model: nn.Module | None = None) -> QuantizationBackend | None:

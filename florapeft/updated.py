@@ -11,8 +11,9 @@ Anything else that is asked of it is asked of the plain tensor `W + dW`, which i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -239,18 +240,53 @@ def standing_in(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """While the context lasts, `module.name` is `value`; the module's parameters stay registered as they are.
 
     An instance's own attribute is found before nn.Module looks for a parameter of that name. FSDP puts one there, too.
+
+    Threads that run one model at the same time all see the value that came last, so the same adapters must be active in
+    all of them. When the last of them leaves, the module is as it was.
     """
-    before = [vars(module).get(name, _NOTHING) for module, name, _ in places]
+    own = [(module, name, _Value(value)) for module, name, value in places]
+    with _lock():
+        for module, name, value in own:
+            before = _Value(vars(module).get(name, _NOTHING))
+            _STANDING.setdefault((id(module), name), [before]).append(value)
+            vars(module)[name] = value.value
     try:
-        for module, name, value in places:
-            vars(module)[name] = value
         yield
     finally:
-        for (module, name, _), value in zip(places, before, strict=True):
-            if value is _NOTHING:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = value
+        with _lock():
+            for module, name, value in own:
+                values = _STANDING[id(module), name]
+                values.remove(value)
+                if len(values) == 1:
+                    del _STANDING[id(module), name]
+                if values[-1].value is _NOTHING:
+                    vars(module).pop(name, None)
+                else:
+                    vars(module)[name] = values[-1].value
+
+
+def standing_before(module: nn.Module, name: str) -> Any:
+    """`module.name` as it is where nothing stands in for it."""
+    with _lock():
+        values = _STANDING.get((id(module), name))
+        if values is None:
+            return getattr(module, name)
+        return nn.Module.__getattr__(module, name) if values[0].value is _NOTHING else values[0].value
+
+
+def _lock() -> AbstractContextManager[Any]:
+    # torch.compile knows no locks; what it has compiled does not come here again.
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
+class _Value:
+    """One context's value, told from an equal one of another context."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 _NOTHING = object()
+_LOCK = threading.Lock()
+# By module and name: what was there before, and then what stands in, in the order of its coming.
+_STANDING: dict[tuple[int, str], list[_Value]] = {}

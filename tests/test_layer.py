@@ -3,6 +3,7 @@
 import copy
 import pickle
 import string
+import threading
 from collections import Counter
 
 import pytest
@@ -603,6 +604,36 @@ class TestFused:
         with pytest.raises(ValueError, match=r"route must be 'auto' or one of \['factored', .*\], got "):
             model.base_model.set_route(route)
         assert layer.route == "auto"
+
+
+def test_two_threads_run_one_model():
+    """The first one to come is the first one to go, while the other is still in the layer."""
+    inside, leave = ({name: threading.Event() for name in ("a", "b")} for _ in range(2))
+
+    class Waiting(nn.Conv1d):
+        def forward(self, x):
+            weight, name = self.weight, threading.current_thread().name
+            if name in inside:
+                inside[name].set()
+                assert leave[name].wait(10)
+            return nn.functional.conv1d(x, weight, self.bias)
+
+    base, x = Waiting(3, 3, 1), torch.randn(2, 3, 4)
+    expected_base = base(x)
+    model, layer = attach(base)
+    expected, outputs = layer(x), {}
+    threads = [threading.Thread(target=lambda n=n: outputs.update({n: layer(x)}), name=n, daemon=True) for n in inside]
+    for thread in threads:
+        thread.start()
+        assert inside[thread.name].wait(10)
+    for thread in threads:
+        leave[thread.name].set()
+        thread.join(10)
+    assert torch.equal(outputs["a"], expected)
+    assert torch.equal(outputs["b"], expected)
+    with model.disable_adapter():
+        assert torch.equal(layer(x), expected_base)
+    assert "weight" not in vars(base)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from florapeft.tucker import Tucker
-from florapeft.updated import Update, UpdatedWeight, standing_in
+from florapeft.updated import Update, UpdatedWeight, standing_before, standing_in
 
 
 def tucker(shape, rank):
@@ -272,6 +272,26 @@ class TestStandingIn:
             assert list(layer.state_dict()) == keys
             assert dict(layer.named_parameters())["weight"] is weight
         assert layer.weight is weight
+
+    @pytest.mark.parametrize("own", [False, True])  # FSDP has one
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_contexts_that_overlap(self, first, own):
+        """As those of two threads that run one model."""
+        layer = nn.Linear(2, 2)
+        if own:
+            vars(layer)["weight"] = torch.zeros(2, 2)
+        weight, values = layer.weight, [torch.ones(2, 2), torch.ones(2, 2)]
+        contexts = [standing_in([(layer, "weight", value)]) for value in values]
+        for context, value in zip(contexts, values, strict=True):
+            context.__enter__()
+            assert layer.weight is value
+            assert standing_before(layer, "weight") is weight
+        contexts[first].__exit__(None, None, None)
+        assert layer.weight is values[1 - first]
+        assert standing_before(layer, "weight") is weight
+        contexts[1 - first].__exit__(None, None, None)
+        assert layer.weight is weight
+        assert ("weight" in vars(layer)) == own
 
     def test_after_an_error(self):
         layer = nn.Linear(2, 2)
