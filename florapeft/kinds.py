@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from florapeft.layer import (
     weight_of,
 )
 from florapeft.tucker import Tucker
-from florapeft.updated import Update, UpdatedWeight, standing_in
+from florapeft.updated import Update, UpdatedWeight, loaded, standing_in
 
 
 class WeightLayer(FloraLayer):
@@ -149,8 +149,11 @@ class WeightLayer(FloraLayer):
         backend = self.quantization_backend
         return result if backend is None else backend.maybe_clone_base_result(result)
 
-    def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
-        return standing_in([(self.get_base_layer(), "weight", self._updated_weight(active))])
+    @contextmanager
+    def updated(self, active: Sequence[str]) -> Iterator[None]:
+        base = self.get_base_layer()
+        with loaded(base), standing_in([(base, "weight", self._updated_weight(active))]):
+            yield
 
     def _updated_weight(self, active: Sequence[str]) -> UpdatedWeight | Tensor:
         updates = [Update.of(self.tucker(name), self.scaling[name], self.flora_dropout[name]) for name in active]

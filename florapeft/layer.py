@@ -38,6 +38,12 @@ class AdapterWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tuple(shape)))
 
+    def tensor(self) -> Tensor:
+        """The parameter itself; where accelerate, whose hook waits for a call, keeps it elsewhere, a copy of it."""
+        if not (self.weight.is_meta and hasattr(self, "_hf_hook")):
+            return self.weight
+        return self._hf_hook.weights_map["weight"].to(self._hf_hook.execution_device)
+
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
 
@@ -51,7 +57,7 @@ def adapter_tensors(shape: Sequence[int], rank: Sequence[int]) -> tuple[AdapterW
 def as_tucker(core: AdapterWeight, factors: nn.ModuleDict) -> Tucker:
     """The parameters themselves, not copies, in Tucker form."""
     modes = map(str, range(core.weight.ndim))
-    return Tucker(core.weight, tuple(factors[mode].weight if mode in factors else None for mode in modes))
+    return Tucker(core.tensor(), tuple(factors[mode].tensor() if mode in factors else None for mode in modes))
 
 
 class FloraWrapper(nn.Module, BaseTunerLayer):
@@ -376,10 +382,7 @@ def parameter_shape(weight: Tensor) -> tuple[int, ...]:
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor:
-    """The module's weight of this name, which may be that of a submodule; under FSDP it is no nn.Parameter.
-
-    Also while another thread has something else standing in its place.
-    """
+    """The module's weight, or a submodule's, whatever a thread has in its place; under FSDP it is no nn.Parameter."""
     owner_name, _, attribute = name.rpartition(".")
     return standing_before(module.get_submodule(owner_name), attribute)
 

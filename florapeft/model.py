@@ -52,6 +52,7 @@ from florapeft.targets import (
     is_selected,
     is_shorthand,
 )
+from florapeft.updated import loaded
 
 logger = logging.getLogger("florapeft")
 
@@ -282,7 +283,8 @@ class FloraModel(BaseTuner):
     def _check_merges(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, FloraWrapper):
-                module.check_merge(adapter_names, finite=safe_merge)
+                with loaded(module.get_base_layer()):
+                    module.check_merge(adapter_names, finite=safe_merge)
 
     def add_weighted_adapter(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from florapeft.config import FloraConfig
 from florapeft.init import initialize
 from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, in_order, parameter_shape, samples_of, weight_of
 from florapeft.tucker import Tucker
-from florapeft.updated import Update, UpdatedWeight, standing_in
+from florapeft.updated import Update, UpdatedWeight, loaded, standing_in
 
 
 class FloraParameters(FloraLayer):
@@ -82,25 +82,30 @@ class FloraParameters(FloraLayer):
         with self.updated(active):
             return self.base_layer(*args, **kwargs)
 
-    def updated(self, active: Sequence[str]) -> AbstractContextManager[None]:
+    @contextmanager
+    def updated(self, active: Sequence[str]) -> Iterator[None]:
         """While the context lasts, the adapters' updates are part of the base layer's weights."""
         base = self.get_base_layer()
-        places = []
-        for weight_name in dict.fromkeys(weight_name for name in active for weight_name in self.tuckers(name)):
-            owner_name, _, attribute = weight_name.rpartition(".")
-            places.append((base.get_submodule(owner_name), attribute, self._updated_weight(weight_name, active)))
-        checkpoint = getattr(base, "_gradient_checkpointing_func", None)
-        if checkpoint is not None:
-            # transformers runs such a module once more in the backward pass, when this context is long gone.
-            def checkpoint_updated(function: Callable[..., Any], *args: Any) -> Any:
-                def run(*args: Any) -> Any:
-                    with standing_in(places):
-                        return function(*args)
+        names = dict.fromkeys(weight_name for name in active for weight_name in self.tuckers(name))
+        owners = [base.get_submodule(weight_name.rpartition(".")[0]) for weight_name in names]
+        with loaded(*dict.fromkeys(owners)):
+            places = [
+                (owner, weight_name.rpartition(".")[2], self._updated_weight(weight_name, active))
+                for owner, weight_name in zip(owners, names, strict=True)
+            ]
+            checkpoint = getattr(base, "_gradient_checkpointing_func", None)
+            if checkpoint is not None:
+                # transformers runs such a module once more in the backward pass, when this context is long gone.
+                def checkpoint_updated(function: Callable[..., Any], *args: Any) -> Any:
+                    def run(*args: Any) -> Any:
+                        with standing_in(places[: len(owners)]):
+                            return function(*args)
 
-                return checkpoint(run, *args)
+                    return checkpoint(run, *args)
 
-            return standing_in([*places, (base, "_gradient_checkpointing_func", checkpoint_updated)])
-        return standing_in(places)
+                places.append((base, "_gradient_checkpointing_func", checkpoint_updated))
+            with standing_in(places):
+                yield
 
     def _updated_weight(self, weight_name: str, active: Sequence[str]) -> UpdatedWeight | Tensor:
         tuckers = {name: self.tuckers(name)[weight_name] for name in active if weight_name in self.tuckers(name)}

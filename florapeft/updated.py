@@ -265,6 +265,27 @@ def standing_in(places: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
                     vars(module)[name] = values[-1].value
 
 
+@contextmanager
+def loaded(*modules: nn.Module) -> Iterator[None]:
+    """While the context lasts, these modules' own weights are there that accelerate keeps on the CPU or the disk.
+
+    Its hook would bring them when a module is called, and would take what stands in for a weight for the weight.
+    """
+    away = [module for module in modules if _is_offloaded(module)]
+    for module in away:
+        module._hf_hook.pre_forward(module)
+    try:
+        with standing_in([(module, "forward", module._old_forward) for module in away]):
+            yield
+    finally:
+        for module in away:
+            module._hf_hook.post_forward(module, None)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
 def standing_before(module: nn.Module, name: str) -> Any:
     """`module.name` as it is where nothing stands in for it."""
     with _lock():
