@@ -1,5 +1,6 @@
 """The `flora` command: jobs end to end on tiny models and data, bad input, kill and resume, two processes."""
 
+import importlib
 import io
 import json
 import os
@@ -367,6 +368,37 @@ def test_debug_shows_the_traceback(tmp_path):
     _, stderr = flora("eval", tmp_path / "none", "--debug", code=1)
     assert "Traceback (most recent call last)" in stderr
     assert stderr.endswith(f"error: adapter not found: {tmp_path}/none\n")
+
+
+class TestMarkup:
+    """Issue: `runs/[v2]/m` was shown as `runs//m`, and a path with `[/]` was an error after the work was done."""
+
+    PATH = "runs/[v2]/[/]/:eyes:/m"
+    METHOD = {"label": PATH, "accuracy_mean": 0.9, "accuracy_std": 0.1, "parameters": 1, "share_of_network": 0.1}
+    METHOD |= {"seconds_mean": 1.0, "head_parameters": 0, "bytes": 1, "rate": 1e-3, "is_equal": False}
+    TABLE = {"description": PATH, "seeds": [0], "methods": [METHOD], "adapter": PATH, "metric": "accuracy"}
+    RELOAD = {"accuracy_before": 1.0, "accuracy": 1.0, "equal": True}
+
+    @pytest.mark.parametrize(
+        ("command", "show", "record", "times"),
+        [
+            ("merge", "_show", {"output": PATH, "preprocessing": [PATH], "relative_difference": 0.0}, 2),
+            ("compare", "_show", TABLE, 4),
+            ("eval", "_show", {"adapter": PATH}, 1),
+            ("train", "_show_builtin", {**TABLE, "gap_closed": None, "reload": RELOAD}, 3),
+            ("report", "_show", {"report": PATH, "bytes": 1, "notes": [PATH], "png": PATH}, 3),
+        ],
+    )
+    def test_of_results(self, command, show, record, times, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "200")
+        with _output.reporting(as_json=False, debug=True) as output:
+            output.result(record, getattr(importlib.import_module(f"florapeft.cli.{command}"), show))
+        assert capsys.readouterr().out.count(self.PATH) == times
+
+    def test_of_what_goes_on(self, capsys):
+        with _output.reporting(as_json=False, debug=True) as output:
+            output.say(self.PATH)
+        assert capsys.readouterr().err == f"{self.PATH}\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("data"), KeyboardInterrupt()])

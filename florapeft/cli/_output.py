@@ -31,14 +31,15 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.stdout = Console(highlight=False)
+        plain = {"highlight": False, "markup": False, "emoji": False}  # a path may hold [/] or :a:
+        self.stderr = Console(stderr=True, soft_wrap=True, **plain)
+        self.stdout = Console(**plain)
         self.shown: list[Any] = []
 
     def say(self, text: str) -> None:
         """One line about what is going on."""
         if rank() == 0:
-            self.stderr.print(text, style="dim", markup=False)
+            self.stderr.print(text, style="dim")
 
     def progress(self, label: str) -> Any:
         """A Trainer callback that shows the steps of one training run."""

@@ -42,7 +42,7 @@ class _Shown:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = now
-            self.console.print(f"{self.label}: {done} of {total} {self.loss}", markup=False)
+            self.console.print(f"{self.label}: {done} of {total} {self.loss}")
 
 
 class StageProgress(_Shown):

@@ -98,7 +98,7 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         if row.get("is_equal") is False:
             console.print(f"{row['label']}: this number of parameters is the nearest to FLoRA's that it has")
         for kind, why in row.get("left_out", {}).items():
-            console.print(f"{row['label']} leaves out {kind}: {why}", markup=False, soft_wrap=True)
+            console.print(f"{row['label']} leaves out {kind}: {why}", soft_wrap=True)
     console.print(f"FLoRA's adapter: {record['adapter']}", soft_wrap=True)
 
 

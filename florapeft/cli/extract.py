@@ -78,5 +78,5 @@ def check_is_model(tuned: str) -> None:
 
 
 def _show(console: Console, record: dict[str, Any], table: str) -> None:
-    console.print(table, markup=False, soft_wrap=True)
-    console.print(f"adapter: {record['output']}", markup=False, soft_wrap=True)
+    console.print(table, soft_wrap=True)
+    console.print(f"adapter: {record['output']}", soft_wrap=True)

@@ -43,4 +43,4 @@ def plan(
 
 
 def _show(console: Console, table: str) -> None:
-    console.print(table, markup=False, soft_wrap=True)
+    console.print(table, soft_wrap=True)

@@ -44,7 +44,7 @@ def report(
 
 def _show(console: Console, record: dict[str, Any]) -> None:
     for note in record["notes"]:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
-    console.print(f"page: {record['report']} ({record['bytes'] / 1000:,.0f} kB)", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"page: {record['report']} ({record['bytes'] / 1000:,.0f} kB)", soft_wrap=True)
     if "png" in record:
-        console.print(f"figures: {record['png']}", soft_wrap=True, markup=False)
+        console.print(f"figures: {record['png']}", soft_wrap=True)
