@@ -42,7 +42,7 @@ def test_defaults_of_a_job():
         "save_strategy": "epoch",
         "disable_tqdm": True,
     }
-    assert job.parse_job(yaml.safe_load(parsed.to_yaml())) == parsed
+    assert job.parse_job(yaml.safe_load(parsed.to_yaml())) == parsed  # YAML 1.1 reads it too
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,21 @@ def test_local_paths_are_saved_in_full(tmp_path, monkeypatch):
         ("a=true", ["a"], True),
         ("a=no", ["a"], "no"),
         ("a=on", ["a"], "on"),
+        ("a=010", ["a"], 10),
+        ("a=-0o14", ["a"], "-0o14"),
+        ("a=0o14", ["a"], 12),
+        ("a=0xff", ["a"], 255),
+        ("a=0b1", ["a"], "0b1"),
+        ("a=1_000", ["a"], "1_000"),
+        ("a=1:30", ["a"], "1:30"),
+        ("a=1:30.5", ["a"], "1:30.5"),
+        ("a=2024-01-01", ["a"], "2024-01-01"),
+        ("a==", ["a"], "="),
+        ("a=1.", ["a"], 1.0),
+        ("a=.5", ["a"], 0.5),
+        ("a=1e3", ["a"], 1000.0),
+        ("a=-.inf", ["a"], -float("inf")),
+        ("a=~", ["a"], None),
         ("a=", ["a"], None),
         ("a=[x, 1]", ["a"], ["x", 1]),
         ("a={b: 1e-1}", ["a"], {"b": 0.1}),
@@ -187,6 +202,8 @@ def test_overrides_are_yaml(override, keys, value):
         ("task: [", "not valid YAML at line 1"),
         ("a: 1\nb: 2\na: 3", "line 3: key 'a' is given twice"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
+        ("a: 1\n? [b, c]\n: 2", "line 2: a key is a text, here it is a sequence"),
+        ("a: {{b: 1}: 2}", "line 1: a key is a text, here it is a mapping"),
         ("- a", "it holds ['a']"),
         ("", "it holds nothing"),
     ],
@@ -198,6 +215,28 @@ def test_job_file_errors(tmp_path, text, message):
         job.load_job(path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_texts_that_look_like_numbers_stay_texts_in_the_saved_job():
+    texts = [
+        "010",
+        "0o14",
+        "0xff",
+        "1e3",
+        "1e-05",
+        "1:30",
+        "1_0",
+        "2024-01-01",
+        "no",
+        "true",
+        ".5",
+        ".inf",
+        "=",
+        "~",
+        "",
+    ]
+    parsed = job.parse_job({**GOOD, "labels": texts, "train": {"learning_rate": 1e-5, "weight_decay": 0.0, "seed": 8}})
+    assert job.parse_job(job.parse_yaml(parsed.to_yaml(), "job")) == parsed
 
 
 def test_overrides_nest_and_do_not_enter_values():

@@ -14,12 +14,11 @@ import peft
 import safetensors.torch
 import torch
 import transformers
-import yaml
 from torch import nn
 
 from florapeft import FloraConfig
 from florapeft.train.digits import BUILTIN_SETTINGS, DigitsTask, builtin_model_path, load_digits_task
-from florapeft.train.job import adapter_fields, apply_overrides, hint
+from florapeft.train.job import adapter_fields, apply_overrides, dump_yaml, hint
 from florapeft.train.model import find_heads, load_pretrained, muted
 from florapeft.train.record import commit, versions
 from florapeft.train.run import check_finite, count_parameters
@@ -43,7 +42,7 @@ class Settings:
     def to_yaml(self, labels: Sequence[str]) -> str:
         """The job file of the output folder; its task name is how `flora eval` and `flora merge` know it."""
         record = {"task": "builtin", "labels": list(labels), **dataclasses.asdict(self), "output": str(self.output)}
-        return yaml.safe_dump(record, sort_keys=False)
+        return dump_yaml(record)
 
 
 def run_builtin(

@@ -98,7 +98,7 @@ class Job:
     warmup_head: int | None = None
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return dump_yaml(dataclasses.asdict(self))
 
 
 def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -112,31 +112,55 @@ def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load that reads as YAML 1.2 does, and for which a key given twice is an error.
+    """safe_load that reads values as YAML 1.2's core schema does, and for which a key given twice is an error.
 
-    PyYAML follows YAML 1.1, where `1e-3` is a text and `no`, `off`, `yes`, `on` are booleans (`eval_strategy: no`).
+    PyYAML follows YAML 1.1, where `1e-3` is a text, `no`, `off`, `yes`, `on` are booleans (`eval_strategy: no`), `010`
+    is 8, `1:30` is 90, and `2024-01-01` a date.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            line = f"line {key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"{line}: a key is a text, here it is a {key_node.id}")
             if key_node.value in seen:
-                raise ValueError(f"line {key_node.start_mark.line + 1}: key '{key_node.value}' is given twice")
+                raise ValueError(f"{line}: key '{key_node.value}' is given twice")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+class _Dumper(yaml.SafeDumper):
+    """safe_dump that quotes a text which either version of YAML would read as something else."""
+
+
+_TAG = "tag:yaml.org,2002:"
+# YAML 1.2.2, 10.3.2; with null, and `<<`, as PyYAML has them. The first that matches counts.
+_CORE = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _kind_of_value, (_pattern, _first) in _CORE.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_kind_of_value}", re.compile(rf"^({_pattern})$"), list(_first))
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)
+
+
+def dump_yaml(mapping: Mapping[str, Any]) -> str:
+    """`yaml.safe_dump` of `mapping`, which `parse_yaml` reads as it was."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: str) -> Any:
