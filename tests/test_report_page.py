@@ -214,6 +214,19 @@ def test_names_from_files_are_text(tmp_path):
     assert len(list((tmp_path / "figures").iterdir())) == 1 + 2 * len(NAMES)
 
 
+def test_characters_that_are_no_text_are_replaced(adapter, tmp_path):
+    """Issue: a figure could not be made of a label that holds a control character."""
+    run = shutil.copytree(adapter, tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    results["methods"][1]["label"] = "LoRA\x01\ud800\uffff é\U0001f600"
+    results["description"] = "digits\x1b\udfff"
+    (run / "results.json").write_text(json.dumps(results))
+    write_report(run, tmp_path / "r.html", png=tmp_path / "figures")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.count("LoRA\ufffd\ufffd\ufffd é\U0001f600") >= 2  # in the table and in figures
+    assert "digits\ufffd\ufffd" in text
+
+
 def test_a_fresh_adapter_has_a_page_that_says_so(tmp_path):
     peft.get_peft_model(network(), FloraConfig(r=2, target_modules=["0", "3"])).save_pretrained(tmp_path / "a")
     write_report(tmp_path / "a", tmp_path / "r.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from florapeft.train.evaluate import read_job
 from florapeft.train.save import JOB_FILE, last_checkpoint
 
 RESULTS_FILE = "results.json"
+_NO_TEXT = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, 2.2
 
 
 @dataclass
@@ -74,7 +76,7 @@ def read_run(path: Path, folder: Path) -> Run:
     results: dict[str, Any] = {}
     if file.is_file():
         try:
-            results = dict(json.loads(file.read_text(encoding="utf-8")))
+            results = dict(_clean(json.loads(file.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
             raise ValueError(f"cannot read {file}: {error}") from None
     run.description = str(results.get("description", ""))
@@ -85,6 +87,15 @@ def read_run(path: Path, folder: Path) -> Run:
     run.facts = _facts(results)
     run.curves = _from_methods(results.get("methods") or []) or _from_training(place)
     return run
+
+
+def _clean(value: Any) -> Any:
+    """The same with a sign in the place of every character that neither SVG nor a file in UTF-8 can hold."""
+    if isinstance(value, str):
+        return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {_clean(key): _clean(entry) for key, entry in value.items()}
+    return [_clean(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _methods(records: list[dict[str, Any]]) -> tuple[str, list[Method]]:
