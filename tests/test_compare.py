@@ -100,6 +100,28 @@ def test_resuming_trains_only_what_is_missing(compared, arguments, monkeypatch, 
     assert stderr.splitlines()[-1] == f"error: cannot resume {folder}: {change}"
 
 
+@pytest.mark.parametrize(("rates", "seeds"), [("1e-5", "0"), ("1e-2,1e-5", "0"), ("1e-2", "1"), (None, "0")])
+def test_the_adapter_is_that_of_the_rate_that_is_chosen_now(arguments, rates, seeds, monkeypatch, tmp_path):
+    """Issue: after resuming with other rates the adapter was still that of the best rate of all."""
+    scores = {1e-2: 0.9, 1e-5: 0.1, 1e-3: 0.2}
+    evaluate = compare.evaluate
+    monkeypatch.setattr(
+        compare,
+        "evaluate",
+        lambda trainer, *rows: {**evaluate(trainer, *rows), "accuracy": scores[trainer.args.learning_rate]},
+    )
+    monkeypatch.setattr(compare, "climb", lambda middle, score: max([1e-3, 1e-5], key=score))
+    options = ["--methods", "head", "-o", tmp_path / "run", "--json"]
+    flora("compare", *arguments, *options, "--seeds", "0", "--rates", "1e-2,1e-5")
+    more = ["--rates", rates] if rates else []
+    record = json.loads(flora("compare", *arguments, *options, "--seeds", seeds, *more, "--resume")[0])
+    job = load_job(tmp_path / "run" / "adapter" / "job.yaml")
+    assert job.train["learning_rate"] == record["methods"][0]["rate"]
+    assert job.train["seed"] == int(seeds)
+    made = [(t["rate"], t["seed"]) for t in record["trials"] if t["method"] == "flora"]
+    assert len(set(made)) == len(made)
+
+
 def test_a_perplexity_that_is_not_finite_is_the_worst_also_after_resuming(jobs, tmp_path):
     job = load_job(jobs["causal-lm"][0], [*jobs["causal-lm"][1:], f"output={tmp_path}"])
     (tmp_path / "job.yaml").write_text(job.to_yaml())

@@ -1,7 +1,8 @@
 """A job with FLoRA and with other methods, at equal trainable parameters and several seeds: `flora compare`.
 
 Every method takes its learning rate from the same grid, by the validation split and the first seed; what is reported is
-the test split at that rate. With `gradient_batches`, every method begins with the same warmed-up head.
+the test split at that rate. With `gradient_batches`, every method begins with a warmed-up head: the same for the same
+seed and rate, for it is warmed up at the trial's own rate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, attaches, fitting, shared, trainable
 from florapeft.train.gradients import warm_heads, warmup_epochs
-from florapeft.train.job import ROLES, Job, closest
+from florapeft.train.job import ROLES, Job, closest, load_job
 from florapeft.train.model import attach, load_base, load_collator, muted, task_fields, trained_whole
 from florapeft.train.record import commit, versions
 from florapeft.train.run import (
@@ -78,6 +79,7 @@ class Comparison:
     goal: int
     places: dict[str, Place]
     track: Track | None
+    rates: Sequence[float] | None = None  # to choose from now; an earlier run may have had others
     trials: list[dict[str, Any]] = field(default_factory=list)
 
     def score(self, trial: dict[str, Any]) -> float:
@@ -128,10 +130,12 @@ def run_comparison(
             say(note)
         atomic_write(output / JOB_FILE, job.to_yaml())
     metric = "perplexity" if job.task == "causal-lm" else "accuracy"
-    comparison = Comparison(job, list(seeds), examples, metric, goal, places, track, trials)
+    comparison = Comparison(job, list(seeds), examples, metric, goal, places, track, rates, trials)
     chosen = {}
     for method in methods:
         chosen[method] = _search(comparison, method, rates, say)
+        if method == "flora":
+            _check_adapter(comparison, chosen[method], say)
         for seed in seeds:
             _trial(comparison, method, chosen[method], seed, say)
     record = _summary(comparison, chosen)
@@ -195,6 +199,18 @@ def _search(comparison: Comparison, method: str, rates: Sequence[float] | None, 
     return max(rates, key=score)
 
 
+def _check_adapter(comparison: Comparison, rate: float, say: Say) -> None:
+    """Trains FLoRA once more if the adapter in the output is of another rate, or seed, that an earlier run chose."""
+    file, seed = Path(comparison.job.output) / "adapter" / JOB_FILE, comparison.seeds[0]
+    train = load_job(file).train if file.is_file() else {}
+    if (train.get("learning_rate"), train.get("seed")) == (rate, seed):
+        return
+    wanted = ("flora", rate, seed)
+    comparison.trials = [t for t in comparison.trials if (t["method"], t["rate"], t["seed"]) != wanted]
+    comparison.rates = [rate]
+    _trial(comparison, "flora", rate, seed, say)
+
+
 def _trial(comparison: Comparison, method: str, rate: float, seed: int, say: Say) -> dict[str, Any]:
     """A trial that was done before, or else a new one, which is kept in the results file."""
     for done in comparison.trials:
@@ -248,7 +264,8 @@ def _train(comparison: Comparison, method: str, rate: float, seed: int, callback
     }
     if method == "flora" and seed == comparison.seeds[0]:
         earlier = [t for t in comparison.trials if (t["method"], t["seed"]) == (method, seed)]
-        if all(comparison.score(trial) > comparison.score(t) for t in earlier):
+        rivals = [t for t in earlier if comparison.rates is None or t["rate"] in comparison.rates]
+        if all(comparison.score(trial) > comparison.score(t) for t in rivals):
             with atomic_folder(Path(job.output) / "adapter", replace=True) as folder:
                 model.save_pretrained(folder)
                 (folder / JOB_FILE).write_text(job.to_yaml(), encoding="utf-8")
