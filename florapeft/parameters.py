@@ -171,6 +171,19 @@ class FloraParameters(FloraLayer):
         self.unmerge_if_disabled()
         return self._updated_weight(name, self.acting())
 
+    # Of a module that holds others in order, such as a subclass of nn.Sequential; Python looks these up in the class.
+    def __len__(self) -> int:
+        return len(self.base_layer)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.base_layer[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base_layer)
+
+    def __bool__(self) -> bool:
+        return bool(self.base_layer)
+
 
 class MultiheadAttention(FloraParameters):
     """`nn.MultiheadAttention`: its input projections, packed or not, and its output projection."""

@@ -187,6 +187,46 @@ class TestBareParameters:
         assert_close(layer.matrix, net().bare.matrix)
         assert not layer.merged
 
+    @pytest.mark.parametrize("kind", ["called", "iterated", "indexed"])
+    def test_of_a_module_that_holds_others_in_order(self, kind):
+        class Stack(nn.Sequential):
+            def __init__(self):
+                super().__init__(nn.Linear(6, 6), nn.Linear(6, 6))
+                self.gain = nn.Parameter(torch.randn(6, 6))
+
+            def forward(self, x):
+                return super().forward(x @ self.gain)
+
+        class Around(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stack = Stack()
+
+            def forward(self, x):
+                if not self.stack or kind == "called":
+                    return self.stack(x)
+                x = x @ self.stack.gain
+                for layer in self.stack if kind == "iterated" else map(self.stack.__getitem__, range(len(self.stack))):
+                    x = layer(x)
+                return x
+
+        base = Around()
+        before = base(X)
+        model = get_peft_model(base, config(target_parameters=["stack.gain"]))
+        expected = model(X)
+        assert not torch.allclose(expected, before)
+        assert base.stack[1] in base.stack
+        model.merge_adapter()
+        assert_close(model(X), expected)
+        with model.disable_adapter():
+            assert_close(model(X), before)
+
+    def test_what_holds_no_others_is_still_true(self):
+        layer = get_peft_model(net(), config()).base_model.model.bare
+        assert layer
+        with pytest.raises(TypeError, match=r"object of type 'Bare' has no len\(\)"):
+            len(layer)
+
     def test_which_delta_weight(self):
         layer = get_peft_model(net(), config()).base_model.model.bare
         with pytest.raises(
