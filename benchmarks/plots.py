@@ -53,8 +53,9 @@ def budgets(results: dict[str, Any]) -> Figure:
             axes.plot(
                 *zip(*points, strict=True), style, color=colours[place % len(colours)], label=method, markersize=4
             )
-        full = 100 * tables[0]["full fine-tuning"]["test_mean"]
-        axes.axhline(full, color=THEME["ink"][0], linewidth=1, linestyle=":", label="full fine-tuning")
+        if full := tables[0].get("full fine-tuning"):
+            style = {"color": THEME["ink"][0], "linewidth": 1, "linestyle": ":"}
+            axes.axhline(100 * full["test_mean"], label="full fine-tuning", **style)
         axes.set_xscale("log")
         axes.set_xlabel("adapter parameters")
         axes.set_ylabel(f"{results['score']} on the test split x 100")
