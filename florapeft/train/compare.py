@@ -27,6 +27,7 @@ from florapeft.train.fitting import RIVALS, WITHIN, Fit, adaptable, adapted, att
 from florapeft.train.gradients import warm_heads, warmup_epochs
 from florapeft.train.job import ROLES, Job, closest, load_job
 from florapeft.train.model import attach, load_base, load_collator, muted, task_fields, trained_whole
+from florapeft.train.rates import check_two_rates
 from florapeft.train.record import commit, versions
 from florapeft.train.run import (
     attach_adapter,
@@ -175,6 +176,7 @@ def _places(job: Job, examples: Examples, names: list[str]) -> tuple[int, dict[s
     """FLoRA's number of adapter parameters, and for every other adapter where it acts and at which rank."""
     base = load_base(job.task, job.model, examples.labels)
     model = attach(job, shared(base), allocation="uniform")  # a budget is met without data too
+    check_two_rates(job, model)
     goal = count_parameters(model)["adapter"]
     layers = adapted(model.get_base_model())
     fields = task_fields(job, base)
@@ -247,6 +249,8 @@ def _train(comparison: Comparison, method: str, rate: float, seed: int, callback
             epochs = warmup_epochs(job) if job.gradient_batches else 0
             warm_heads(base, heads, epochs, arguments, trainer_of_heads(scratch, collator, examples, callbacks))
             model = _attach_other(comparison, method, base)
+            if method == "head":  # which is all that it trains, at the rates that it is tried with
+                scratch.head_learning_rate = None
         trainer = make_trainer(scratch, model, collator, examples, arguments, callbacks, quiet=True)
         trainer.train()
     trial = {
@@ -323,7 +327,7 @@ def _summary(comparison: Comparison, chosen: dict[str, float]) -> dict[str, Any]
         "metric": metric,
         "examples": {role: len(rows) for role, rows in comparison.examples.splits.items()},
         "seeds": comparison.seeds,
-        "settings": {"train": job.train, "adapter": job.adapter, "gradient_batches": job.gradient_batches},
+        "settings": {key: getattr(job, key) for key in ("train", "adapter", "gradient_batches", "head_learning_rate")},
         "methods": methods,
         "adapter": str(Path(job.output) / "adapter"),
         "threads": torch.get_num_threads(),

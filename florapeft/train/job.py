@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -83,7 +84,8 @@ class Job:
     """One fine-tuning job. `adapter` holds FloraConfig fields, `train` TrainingArguments fields.
 
     The gradients of `gradient_batches` batches choose the adapter's start, and its ranks where it has a budget; before
-    that a new head is trained alone for `warmup_head` epochs. With 0 batches, the adapter starts without data.
+    that a new head is trained alone for `warmup_head` epochs. With 0 batches, the adapter starts without data. What is
+    trained beside the adapter, in both, has `head_learning_rate`, or else the adapter's.
     `load_job` fills in what a job does not say of them.
     """
 
@@ -96,6 +98,7 @@ class Job:
     labels: list[str] | None = None
     gradient_batches: int = 0
     warmup_head: int | None = None
+    head_learning_rate: float | None = None
 
     def to_yaml(self) -> str:
         return dump_yaml(dataclasses.asdict(self))
@@ -244,6 +247,9 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> Job:
         if not isinstance(values["labels"], list):
             raise ValueError(f"{where}: labels must be a list of class names, got {_kind(values['labels'])}")
         values["labels"] = [str(label) for label in values["labels"]]
+    rate = values.get("head_learning_rate")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
+        raise ValueError(f"{where}: head_learning_rate must be a positive number, got {rate!r}")
     complete_ranks(values, where)
     values["model"] = _absolute(values["model"])
     return Job(**values)

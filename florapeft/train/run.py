@@ -17,6 +17,7 @@ from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.gradients import Train, attach_as_in, attach_by_gradients
 from florapeft.train.job import Job, first_difference, load_job
 from florapeft.train.model import attach, load_base, load_collator
+from florapeft.train.rates import check_not_sharded, check_two_rates, optimizer_of_two_rates
 from florapeft.train.record import versions
 from florapeft.train.save import (
     JOB_FILE,
@@ -112,7 +113,7 @@ def training_arguments(job: Job) -> transformers.TrainingArguments:
 def check_same_job(job: Job, output: Path, *more: str) -> None:
     """A run is resumed with the model, data, adapter and pass of gradients that it began with; `more` adds keys."""
     began = load_job(output / JOB_FILE)
-    for key in ("task", "model", "data", "adapter", "gradient_batches", "warmup_head", *more):
+    for key in ("task", "model", "data", "adapter", "gradient_batches", "warmup_head", "head_learning_rate", *more):
         if getattr(began, key) != getattr(job, key):
             name, before, now = first_difference(key, getattr(began, key), getattr(job, key))
             raise ValueError(f"cannot resume {output}: it began with {name} = {before}, now {name} = {now}")
@@ -148,7 +149,9 @@ def make_trainer(
         compute_metrics=_accuracy if is_classifier else None,
         preprocess_logits_for_metrics=_predicted_class if is_classifier else None,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_of_two_rates(job, model, arguments),
     )
+    check_not_sharded(job, trainer)
     trainer.remove_callback(transformers.PrinterCallback)  # would print a dict for every logged step
     return trainer
 
@@ -172,11 +175,16 @@ def attach_adapter(
 ) -> tuple[peft.PeftModel, dict[str, Any] | None]:
     """The adapted model, and what its pass of gradients has cost, if there was one."""
     if not job.gradient_batches:
-        return attach(job, base), None
-    if checkpoint:  # it has been done when the run began
-        return attach_as_in(job, base, checkpoint), None
-    train = trainer_of_heads(job, collator, examples, callbacks)
-    return attach_by_gradients(job, base, _rows(job, examples)["train"], collator, arguments, train, say)
+        model, gradients = attach(job, base), None
+    elif checkpoint:  # it has been done when the run began
+        model, gradients = attach_as_in(job, base, checkpoint), None
+    else:
+        train = trainer_of_heads(job, collator, examples, callbacks)
+        model, gradients = attach_by_gradients(
+            job, base, _rows(job, examples)["train"], collator, arguments, train, say
+        )
+    check_two_rates(job, model)
+    return model, gradients
 
 
 def trainer_of_heads(
