@@ -489,7 +489,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(jobs, tmp_path
 def test_torchrun_with_two_processes(jobs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "florapeft.cli", "train"]
     options = ["train.num_train_epochs=1", "train.per_device_train_batch_size=4", f"output={tmp_path}/o", "--json"]
-    options += ["gradient_batches=2"]  # after a head warmed up by both
+    options += ["gradient_batches=2", "head_learning_rate=2e-3"]  # after a head warmed up by both
     result = subprocess.run(
         [*command, *jobs[TEXT], *options], env=environment(), capture_output=True, text=True, timeout=280
     )
