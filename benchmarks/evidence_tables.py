@@ -170,11 +170,11 @@ def study(name: str) -> Callable[[], Lines]:
     """The variants of a study of benchmarks/studies.py, on the tasks that it was made on."""
 
     def build() -> Lines:
-        tables = {task: studies[name] for task, studies in _STUDIED.items() if name in studies}
+        tables = {studied: studies[name] for studied, studies in _STUDIED.items() if name in studies}
         variants = list(dict.fromkeys(variant for rows in tables.values() for variant in rows))
         header, lines = [name], [[variant] for variant in variants]
-        for task, rows in tables.items():
-            header += [f"{_NAMES[task]}: validation, %", "test, %", "rate", "parameters", "seeds"]
+        for studied, rows in tables.items():
+            header += [f"{studied}: validation, %", "test, %", "rate", "parameters", "seeds"]
             for line, row in zip(lines, map(rows.get, variants), strict=True):
                 line += [""] * 5
                 if row:
@@ -188,7 +188,7 @@ def study(name: str) -> Callable[[], Lines]:
 def rates() -> Lines:
     """Accuracy by task, budget and rate, the best rate of a budget on the validation split in bold."""
     lines, columns = [], []
-    for task, studies in _STUDIED.items():
+    for studied, studies in _STUDIED.items():
         budgets: dict[str, dict[str, dict[str, Any]]] = {}
         for variant, row in studies.get("rates", {}).items():
             budget, rate = variant.split(", rate ")
@@ -197,7 +197,7 @@ def rates() -> Lines:
             columns = list(found)
             best = max(columns, key=lambda rate: found[rate]["validation_mean"])
             cells = [f"**{_mean(found[rate])}**" if rate == best else _mean(found[rate]) for rate in columns]
-            lines.append([_NAMES[task], budget, *cells])
+            lines.append([studied, budget, *cells])
     return ["task", "budget", *(f"rate {rate}" for rate in columns)], lines
 
 
@@ -234,7 +234,18 @@ def _interval(given: dict[str, float | None] | None) -> str:
     return f"{mean:+.1f}" if low is None else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-_STUDIED = {task: read(f"studies_{task}")["studies"] for task in _NAMES if (RESULTS / f"studies_{task}.json").exists()}
+def _studied() -> dict[str, dict[str, Any]]:
+    """The studies by what they were made on: a task, and how long it was trained if that is not its own length."""
+    found = {}
+    for task, name in _NAMES.items():
+        for path in sorted(RESULTS.glob(f"studies_{task}*.json")):
+            results = read(path.stem)
+            longer = "" if path.stem == f"studies_{task}" else f", {_epochs(results)} epochs"
+            found[name + longer] = results["studies"]
+    return found
+
+
+_STUDIED = _studied()
 _STUDIES = {name for studies in _STUDIED.values() for name in studies} - {"rates"}
 CAPTIONED = {f"accuracy-{task}": accuracy(task) for task in _NAMES}
 TABLES = {

@@ -19,10 +19,14 @@ PACKAGES = ("florapeft", "torch", "peft", "transformers")
 
 @cache
 def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return said.stdout.strip()
+    """The commit that is measured, and whether anything but results has changed since."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.name}")
+    return _git("describe", "--always", "--abbrev=12", "--exclude=*") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def environment(*more: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ is best on the validation split is reported, by its score on the test split.
     python benchmarks/studies.py --data ../shared/data             # writes benchmarks/results/studies_*.json (resumes)
     python benchmarks/studies.py start ranks                       # some of the studies
     python benchmarks/studies.py factors --task volumes
+    python benchmarks/studies.py recipe --epochs 12 --rates 3.2e-3 5.6e-3 1e-2   # longer, in a record of its own
 """
 
 from __future__ import annotations
@@ -194,18 +195,23 @@ def main() -> None:
     parser.add_argument("--task", choices=RATES, default="cifar100")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="instead of the task's own; kept in a record apart")
+    parser.add_argument("--rates", type=float, nargs="+", help="of all variants, instead of their own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     if unknown := set(given.studies) - set(STUDIES):
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     prepare(given.threads)
-    path = record.RESULTS / f"studies_{given.task}.json"
-    case = Case(given.task, SETTINGS[given.task], given.data)
+    case, name = Case(given.task, SETTINGS[given.task], given.data), f"studies_{given.task}"
+    if given.epochs:
+        case.setting, name = replace(case.setting, epochs=given.epochs), f"{name}_{given.epochs}_epochs"
+    path = record.RESULTS / f"{name}.json"
     for study in given.studies or STUDIES:
         rows = {}
         for label, variant in STUDIES[study].items():
             try:
-                rows[label] = summary(runs_of(case, path, variant, given.seeds))
+                wanted = replace(variant, rates=tuple(given.rates)) if given.rates else variant
+                rows[label] = summary(runs_of(case, path, wanted, given.seeds))
             except UnequalError as reason:
                 print(f"{study}: {label} is left out: {reason}", flush=True)
         with changing(path) as results:
