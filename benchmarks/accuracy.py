@@ -19,6 +19,7 @@ import argparse
 import fcntl
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -156,7 +157,9 @@ def loraga(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str
             case.loss(model, batch).backward()
 
     fields = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
-    preprocess_loraga(model, LoraConfig(target_modules=exactly(layers), **fields), passes)
+    with warnings.catch_warnings():  # its hook counts passes, and needs no gradient of a first layer's input
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        preprocess_loraga(model, LoraConfig(target_modules=exactly(layers), **fields), passes)
     (attach,) = attaches("lora", modules_to_save=case.trained_along, **fields)
     return attach(model, layers, fit.rank, fit.raised), facts
 

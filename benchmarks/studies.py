@@ -120,6 +120,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
         for r in (1, 2)
         for permuted in (False, True)
     },
+    "kernels": {
+        f"{100 * share:g}% of the network, {label}": Variant(
+            partial(plain, kernel_r=rank), (1e-2, 3.2e-2), setting={"share": share}
+        )
+        for share in (0.025, 0.05, 0.1)
+        for rank, label in ((None, "as large a share of kernels as of channels"), (2, "kernel rank 2"), (3, "whole"))
+    },
     "rates": {
         f"{100 * share:g}% of the network, rate {rate:g}": Variant(rates=(rate,), setting={"share": share})
         for share in (0.025, 0.05, 0.1, 0.2)

@@ -37,9 +37,9 @@ def gradient_start(case: Case, model: nn.Module, seed: int, **fields: Any) -> Pe
     return flora({"init_weights": "gradient", **fields}, case, model, seed)[0]
 
 
-def plain(case: Case, model: nn.Module, seed: int) -> PeftModel:
+def plain(case: Case, model: nn.Module, seed: int, **fields: Any) -> PeftModel:
     """FLoRA without data."""
-    return flora({}, case, model, seed)[0]
+    return flora(fields, case, model, seed)[0]
 
 
 def sums(case: Case, model: nn.Module, batches: list[tasks.Batch]) -> dict[str, GradientSum]:

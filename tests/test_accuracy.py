@@ -261,7 +261,7 @@ def test_loraga_is_for_linear_layers():
             torch.manual_seed(seed)
             return nn.Sequential(OrderedDict(a=nn.Linear(12, 16), b=nn.Linear(16, 16), head=nn.Linear(16, 3)))
 
-    task, data = Task(), [(torch.randn(6, 12, requires_grad=True), torch.randint(3, (6,))) for _ in range(2)]
+    task, data = Task(), [(torch.randn(6, 12), torch.randint(3, (6,))) for _ in range(2)]
     case = SimpleNamespace(task=task, fits={}, layers=["a", "b"], goal=240, trained_along=["head"])
     case.batches, case.loss = lambda seed: data, loss
     base = task.model(0).requires_grad_(False)

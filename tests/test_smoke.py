@@ -17,7 +17,13 @@ ROWS = {
     "sst2": ("a fine book\t1", "a dull book\t0"),
 }
 
-LEFT_OUT = {"experts": {"head only", "BitFit"}, "volumes": {"AdaLoRA", "LoHa", "LoKr"}}
+LEFT_OUT = {
+    "cifar100": {"LoRA-GA"},
+    "captions": {"LoRA-GA"},
+    "digits": {"LoRA-GA"},
+    "experts": {"head only", "BitFit", "LoRA-GA"},
+    "volumes": {"AdaLoRA", "LoHa", "LoKr", "LoRA-GA"},
+}
 
 
 @pytest.fixture(scope="module")
