@@ -47,10 +47,12 @@ def train(
             record = run_builtin(overrides, overwrite=overwrite, say=output.say, track=output.progress)
         else:
             from florapeft.train import load_job, run_job
+            from florapeft.train.run import leave_other_processes
 
             job = load_job(config, overrides)
             callbacks = [output.progress("training")]
             record = run_job(job, resume=resume, overwrite=overwrite, say=output.say, callbacks=callbacks)
+            leave_other_processes()
         if results is not None:
             from florapeft.train.save import write_json
 

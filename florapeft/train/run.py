@@ -249,6 +249,12 @@ def save_adapter(trainer: transformers.Trainer, job: Job, path: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def leave_other_processes() -> None:
+    """Ends what a launcher's processes talk through, whose threads can abort a process that exits with them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_finite(model: torch.nn.Module, output: Path) -> None:
     """An adapter that diverged is not saved: nothing could load it."""
     for name, parameter in model.named_parameters():
