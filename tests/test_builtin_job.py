@@ -4,18 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from commands import flora
 
-from florapeft.cli._app import app
 from florapeft.train import comparison
 from florapeft.train.digits import BUILTIN_SETTINGS
-
-
-def flora(*arguments, code=0):
-    """Runs the command in this process; returns what it printed to stdout and stderr."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
 
 
 def test_builtin_job_on_a_few_steps(tmp_path, monkeypatch):

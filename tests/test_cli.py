@@ -15,26 +15,18 @@ import pytest
 import torch
 import transformers
 import typer
+from commands import flora
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import florapeft.cli
 from florapeft.cli import _output
 from florapeft.cli._adapter import parse_targets
-from florapeft.cli._app import app
 from florapeft.train import merge as merge_module
 from florapeft.train import run as run_module
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "florapeft.cli"]
-
-
-def flora(*arguments, code=0):
-    """Runs the command in this process; returns what it printed to stdout and stderr."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
 
 
 @pytest.fixture(scope="session")

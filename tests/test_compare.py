@@ -6,23 +6,14 @@ import math
 from collections import Counter
 
 import pytest
+from commands import flora
 from rich.console import Console
-from typer.testing import CliRunner
 
-from florapeft.cli._app import app
 from florapeft.cli.compare import _show
 from florapeft.report.run import read_run
 from florapeft.train import compare
 from florapeft.train.job import load_job
 from florapeft.train.save import write_json
-
-
-def flora(*arguments, code=0):
-    """Runs the command in this process; returns what it printed to stdout and stderr."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
-
 
 SHORT = ["train.max_steps=2", "train.per_device_train_batch_size=4"]
 

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from commands import flora
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from typer.testing import CliRunner
@@ -15,12 +16,6 @@ from florapeft.cli._progress import StageProgress
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG = BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=12)
-
-
-def flora(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
+from commands import flora
 
-from florapeft.cli._app import app
 from florapeft.train import compare, rates, run
 from florapeft.train.job import load_job, parse_job
 from florapeft.train.save import JOB_FILE
@@ -16,13 +15,6 @@ from florapeft.train.save import JOB_FILE
 GOOD = {"task": "text-classification", "model": "m", "data": "d.csv", "output": "o"}
 STEPS = ["train.learning_rate=1e-3", "train.max_steps=2", "train.per_device_train_batch_size=4", "train.warmup_steps=0"]
 CONSTANT = "train.lr_scheduler_type=constant"
-
-
-def flora(*arguments, code=0):
-    """Runs the command in this process; returns what it printed to stdout and stderr."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from commands import flora
 from torch import nn
-from typer.testing import CliRunner
 
 from florapeft import FloraConfig
-from florapeft.cli._app import app
 from florapeft.report import figures, write_report
 from florapeft.report.page import (
     Block,
@@ -328,17 +327,11 @@ class TestParts:
         assert " id=" not in svg
 
 
-def flora(*arguments, code=0):
-    result = CliRunner().invoke(app, ["report", *map(str, arguments)])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
-
-
 class TestCommand:
     def test_page_figures_and_record(self, adapter, tmp_path):
         page, pictures = tmp_path / "r.html", tmp_path / "figures"
         base = adapter / "base.safetensors"
-        stdout, _ = flora(adapter, "--base", base, "-o", page, "--png", pictures, "--json")
+        stdout, _ = flora("report", adapter, "--base", base, "-o", page, "--png", pictures, "--json")
         record = json.loads(stdout)
         assert record["bytes"] == page.stat().st_size
         assert [layer["name"] for layer in record["layers"]] == ["0", "1", "2", "3"]
@@ -356,24 +349,26 @@ class TestCommand:
         ]
         assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures.iterdir())
         before = page.read_bytes()
-        _, stderr = flora(adapter, "-o", page, code=1)
+        _, stderr = flora("report", adapter, "-o", page, code=1)
         assert stderr == f"error: {page} exists; give another output, or replace it with --overwrite\n"
-        _, stderr = flora(adapter, "-o", tmp_path / "new.html", "--png", pictures, code=1)
+        _, stderr = flora("report", adapter, "-o", tmp_path / "new.html", "--png", pictures, code=1)
         assert stderr.startswith(f"error: {pictures} exists")
         assert page.read_bytes() == before
         assert not (tmp_path / "new.html").exists()
-        stdout, _ = flora(adapter, "-o", page, "--png", pictures, "--overwrite")
+        stdout, _ = flora("report", adapter, "-o", page, "--png", pictures, "--overwrite")
         assert f"page: {page} (" in stdout
         assert f"figures: {pictures}" in stdout
 
     def test_nothing_else_is_replaced(self, adapter, tmp_path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").touch()
-        _, stderr = flora(adapter, "-o", tmp_path / "r.html", "--png", tmp_path / "mine", "--overwrite", code=1)
+        _, stderr = flora(
+            "report", adapter, "-o", tmp_path / "r.html", "--png", tmp_path / "mine", "--overwrite", code=1
+        )
         assert stderr == f"error: {tmp_path}/mine holds other things than figures; give another folder\n"
-        _, stderr = flora(adapter, "-o", tmp_path / "mine", "--overwrite", code=1)
+        _, stderr = flora("report", adapter, "-o", tmp_path / "mine", "--overwrite", code=1)
         assert stderr.startswith(f"error: output {tmp_path}/mine is a folder; a file such as")
-        _, stderr = flora(tmp_path / "none", "-o", tmp_path / "r.html", code=1)
+        _, stderr = flora("report", tmp_path / "none", "-o", tmp_path / "r.html", code=1)
         assert stderr == f"error: adapter not found: {tmp_path}/none\n"
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

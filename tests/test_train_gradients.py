@@ -8,26 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from commands import flora
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
 import florapeft
-from florapeft.cli._app import app
 from florapeft.train import gradients
 from florapeft.train.job import load_job, parse_job
 from florapeft.train.model import attach, load_base, trained_whole
 
 SMALL = "train.per_device_train_batch_size=4"
 ADAPTER = [SMALL, "adapter.budget=0.1", "train.num_train_epochs=1", "gradient_batches=2"]
-
-
-def flora(*arguments, code=0):
-    """Runs the command in this process; returns what it printed to stdout and stderr."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("task", ["image-classification", "text-classification", "causal-lm"])
