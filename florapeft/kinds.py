@@ -20,14 +20,13 @@ from florapeft.init import initialize
 from florapeft.joined import can_join, joined
 from florapeft.layer import (
     FloraLayer,
-    adapter_tensors,
-    as_tucker,
     check_samples,
     parameter_shape,
     quantization_backend,
     samples_of,
     weight_of,
 )
+from florapeft.tensors import adapter_tensors, as_tucker
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, loaded, standing_in
 

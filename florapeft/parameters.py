@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from florapeft.config import FloraConfig
 from florapeft.init import initialize
-from florapeft.layer import FloraLayer, adapter_tensors, as_tucker, in_order, parameter_shape, samples_of, weight_of
+from florapeft.layer import FloraLayer, in_order, parameter_shape, samples_of, weight_of
+from florapeft.tensors import adapter_tensors, as_tucker
 from florapeft.tucker import Tucker
 from florapeft.updated import Update, UpdatedWeight, loaded, standing_in
 

@@ -33,6 +33,7 @@ HOUSE = [
     "budget",
     "config",
     "init",
+    "tensors",
     "layer",
     "kinds",
     "parameters",
