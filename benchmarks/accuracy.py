@@ -417,9 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.smoke:
             smoke(case, given.methods)
             continue
-        name = f"accuracy_{case.name}" + ("" if given.device == "cpu" else "_gpu")
-        if given.epochs:
-            case.setting, name = replace(case.setting, epochs=given.epochs), f"{name}_{given.epochs}_epochs"
+        name = f"accuracy_{case.name}{'' if given.device == 'cpu' else '_gpu'}{case.train_for(given.epochs)}"
         plan = Plan(given.seeds, given.search_seeds, tuple(given.shares), given.other_seeds, given.fine)
         compare(case, given.methods, plan, record.RESULTS / f"{name}.json")
 

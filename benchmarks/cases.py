@@ -106,6 +106,13 @@ class Case:
         head.load_state_dict(self.heads[seed])
         return model
 
+    def train_for(self, epochs: int | None) -> str:
+        """Trains for so many epochs instead of the task's own, if any are given; returns what its records add."""
+        if not epochs:
+            return ""
+        self.setting = replace(self.setting, epochs=epochs)
+        return f"_{epochs}_epochs"
+
     def at(self, share: float) -> Case:
         """The same at another budget."""
         other = copy.copy(self)

@@ -132,8 +132,9 @@ def _epochs(results: dict[str, Any]) -> int:
 
 def _leads(rows: dict[str, Any]) -> list[str]:
     """The recipe's score, and by how much it is ahead of those in `_LEADS`."""
-    lora, rival, informed, full = (_interval(_ahead(rows, method)) for method in _compared(rows))
-    _, best, with_gradients, _ = _compared(rows)
+    compared = _compared(rows)
+    _, best, with_gradients, _ = compared
+    lora, rival, informed, full = (_interval(_ahead(rows, method)) for method in compared)
     measured = sum(method in rows for method in RIVALS)
     rival = f"{best}, of {measured}: {rival}" if measured > 1 else "LoRA alone"
     informed = f"{GRADIENT_RIVALS[with_gradients]}: {informed}" if informed else ""

@@ -209,10 +209,8 @@ def main() -> None:
     if unknown := set(given.studies) - set(STUDIES):
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     prepare(given.threads)
-    case, name = Case(given.task, SETTINGS[given.task], given.data), f"studies_{given.task}"
-    if given.epochs:
-        case.setting, name = replace(case.setting, epochs=given.epochs), f"{name}_{given.epochs}_epochs"
-    path = record.RESULTS / f"{name}.json"
+    case = Case(given.task, SETTINGS[given.task], given.data)
+    path = record.RESULTS / f"studies_{given.task}{case.train_for(given.epochs)}.json"
     for study in given.studies or STUDIES:
         rows = {}
         for label, variant in STUDIES[study].items():
