@@ -164,10 +164,12 @@ def loraga(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str
     return attach(model, layers, fit.rank, fit.raised), facts
 
 
-def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def flora(
+    fields: dict[str, Any], case: Case, model: nn.Module, seed: int, *, orthonormal: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """FLoRA; fields of its config, and `allocation="spectrum"`, which takes the ranks from gradients.
 
-    As in `flora train`, gradients that are noise are not followed.
+    As in `flora train`, gradients that are noise are not followed. With `orthonormal` factors stay so in training.
     """
     config = case.config(**fields)
     if config.allocation == "spectrum":
@@ -176,13 +178,14 @@ def flora(fields: dict[str, Any], case: Case, model: nn.Module, seed: int) -> tu
         if are_noise(config.gradient_agreement):
             model, facts = flora({}, case, model, seed)
             return model, facts | agreement
-        return get_peft_model(model, config), {"ranks": config.ranks} | agreement
+        return get_peft_model(model, config), {"ranks": config.ranks, "orthonormal": orthonormal} | agreement
     model = get_peft_model(model, config)
     if config.init_weights == "gradient":
         initialize_from_gradients(model, case.batches(seed), case.loss)
     return model, {"ranks": model.peft_config["default"].ranks}
 
 
+_GRADIENTS = {"init_weights": "gradient", "allocation": "spectrum"}
 METHODS: dict[str, Method] = {
     "head only": head_only,
     "BitFit": bitfit,
@@ -195,7 +198,8 @@ METHODS: dict[str, Method] = {
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
     "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
-    RECIPE: partial(flora, {"init_weights": "gradient", "allocation": "spectrum"}),
+    RECIPE: partial(flora, _GRADIENTS),
+    f"{RECIPE}, orthonormal": partial(flora, _GRADIENTS, orthonormal=True),
 }
 
 
@@ -211,7 +215,9 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
     body = [p for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n)]
     if not head + body:
         raise NothingToTrainError("the network has no such parameters")
-    loss = fit(case, model, [(rates.body, body), (rates.head, head)], setting.epochs, seed, adalora.after_steps(model))
+    groups = [(rates.body, body), (rates.head, head)]
+    between, orthonormal = adalora.after_steps(model), facts.get("orthonormal", False)
+    loss = fit(case, model, groups, setting.epochs, seed, between, orthonormal=orthonormal)
     seconds = case.seconds() - started
     return {
         "commit": record.commit(),

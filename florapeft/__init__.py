@@ -15,6 +15,7 @@ from florapeft.gradients import allocate, initialize_from_gradients
 from florapeft.layer import FloraLayer
 from florapeft.model import FloraModel
 from florapeft.planning import plan
+from florapeft.retraction import keep_orthonormal
 from florapeft.tucker import Tucker, hooi, hosvd
 
 __version__ = version("florapeft")
@@ -28,6 +29,7 @@ __all__ = [
     "hooi",
     "hosvd",
     "initialize_from_gradients",
+    "keep_orthonormal",
     "plan",
 ]
 

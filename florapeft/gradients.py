@@ -26,7 +26,7 @@ from florapeft.init import start_from_bases
 from florapeft.layer import FloraLayer
 from florapeft.planning import selected_targets
 from florapeft.target_ranks import budget_in_parameters
-from florapeft.targets import Target, adapted_targets
+from florapeft.targets import Target, adapted_targets, adapter_tuckers
 
 logger = logging.getLogger("florapeft")
 
@@ -89,16 +89,9 @@ def initialize_from_gradients(
         ValueError: no such adapter, one that is merged or whose update is not zero; or see
             `florapeft.gradient_sums.gradient_sums`. Nothing is changed.
     """
-    name = model.active_adapter if adapter_name is None else adapter_name
-    if not isinstance(model.peft_config.get(name), FloraConfig):
-        raise ValueError(f"the model has no FLoRA adapter {name!r}; it has {sorted(model.peft_config)}")
+    name, tuckers = adapter_tuckers(model, adapter_name)
     base = model.get_base_model()
     layers = dict(base.named_modules())
-    tuckers = {
-        target.name: layers[target.module].tuckers(name)[target.weight]
-        for target in adapted_targets(base)
-        if name in layers[target.module].flora_core and target.weight in layers[target.module].tuckers(name)
-    }
     if merged := [key for key, layer in layers.items() if isinstance(layer, FloraLayer) and layer.merged]:
         raise ValueError(f"adapters are merged into {merged[0]}: unmerge them first")
     for key, tucker in tuckers.items():

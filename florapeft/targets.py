@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
@@ -29,6 +30,7 @@ from florapeft.parameters import (
     expert_stacks,
 )
 from florapeft.support import is_supported_kind, shared_weights, why_not, why_not_parameter
+from florapeft.tucker import Tucker
 
 # Begins a full name in a list of `target_modules`, whose other entries are suffixes too.
 FULL_NAME = "^"
@@ -180,6 +182,23 @@ def adapted_targets(model: nn.Module) -> list[Target]:
                 bare -= set(attention_weights(base))
             targets += [describe_parameter(f"{name}.{w}", name, w, base) for w in sorted(bare)]
     return targets
+
+
+def adapter_tuckers(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str, Tucker]]:
+    """An adapter's name, which is the active one's for None, and its tensors by the names of its targets.
+
+    Raises:
+        ValueError: no such adapter of FLoRA.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    if not isinstance(model.peft_config.get(name), FloraConfig):
+        raise ValueError(f"the model has no FLoRA adapter {name!r}; it has {sorted(model.peft_config)}")
+    base, found = model.get_base_model(), {}
+    for target in adapted_targets(base):
+        layer = base.get_submodule(target.module)
+        if name in layer.flora_core and (tucker := layer.tuckers(name).get(target.weight)) is not None:
+            found[target.name] = tucker
+    return name, found
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Public names of the finished design; the ones of this release must all be there.
 PUBLIC_NOW = {"FloraConfig", "FloraModel", "FloraLayer", "Tucker", "hosvd", "hooi"}
-PUBLIC_NOW |= {"plan", "allocate", "initialize_from_gradients", "extract"}
+PUBLIC_NOW |= {"plan", "allocate", "initialize_from_gradients", "keep_orthonormal", "extract"}
 PUBLIC_LATER = {"export", "load_official"}
 
 # The modules in dependency order: each imports only from those before it.
@@ -39,8 +39,8 @@ HOUSE = [
     "parameters",
 ]
 HOUSE += ["batch_norm", "checkpoint", "mixed", "combine", "support", "targets", "target_ranks", "checks", "model"]
-HOUSE += ["_register", "planning", "gradient_sums", "gradients", "sources", "extracted", "survey", "extraction"]
-HOUSE += ["structure", "convert", "train", "report", "cli"]
+HOUSE += ["_register", "planning", "gradient_sums", "gradients", "retraction"]
+HOUSE += ["sources", "extracted", "survey", "extraction", "structure", "convert", "train", "report", "cli"]
 
 # Brought by the extras; the core must not import them.
 EXTRAS_ONLY = ["transformers.trainer", "datasets", "sklearn", "tensorboard", "matplotlib", "typer", "rich"]

@@ -1,0 +1,175 @@
+"""Factors that stay orthonormal while they are trained."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from test_gradients import TARGETS, Net
+from torch import nn
+
+from florapeft import FloraConfig, FloraLayer, initialize_from_gradients, keep_orthonormal
+from florapeft.retraction import is_orthonormal, nearest_orthonormal
+
+
+class Optimizer:
+    """What is not of torch."""
+
+
+def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).square().mean()
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(3)
+    return [torch.randint(0, 20, (4, 8)) for _ in range(3)]
+
+
+def adapted(batches):
+    torch.manual_seed(0)
+    config = FloraConfig(r=2, kernel_r=2, init_weights="gradient", **TARGETS)
+    model = get_peft_model(Net(), config).eval()  # whose dropout is not what is tested
+    initialize_from_gradients(model, batches, loss)
+    return model
+
+
+def tuckers(model, adapter_name: str = "default"):
+    for layer in model.modules():
+        if isinstance(layer, FloraLayer) and adapter_name in layer.flora_core:
+            yield from layer.tuckers(adapter_name).values()
+
+
+def factors(model):
+    return [factor for tucker in tuckers(model) for factor in tucker.factors if factor is not None]
+
+
+def train(model, optimizer, batches, steps: int = 3):
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, batches[step % len(batches)]).backward()
+        optimizer.step()
+
+
+def adam(model, rate: float = 0.05):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+
+
+class TestNearest:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(7, 3), (5, 40, 12), (6, 6), (9, 1)])
+    def test_is_the_orthogonal_factor_of_the_polar_form(self, shape, dtype):
+        torch.manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(shape, dtype=torch.float64)).Q
+        moved = (basis + 0.1 * torch.randn_like(basis)).to(dtype)
+        u, _, vh = torch.linalg.svd(moved.to(torch.promote_types(dtype, torch.float32)), full_matrices=False)
+        found = nearest_orthonormal(moved)
+        assert found.dtype == u.dtype
+        torch.testing.assert_close(found, u @ vh)
+
+    def test_steps_that_are_large_are_met(self):
+        """One of Adam's at a rate that is too high for anything, all entries moved one way."""
+        basis = torch.linalg.qr(torch.randn(4096, 8)).Q
+        assert is_orthonormal(nearest_orthonormal(basis + 0.01 * torch.randn(4096, 1).sign()))
+
+    def test_under_autocast_it_is_not_rounded(self):
+        basis = torch.linalg.qr(torch.randn(30, 4)).Q
+        moved = basis + 0.1 * torch.randn_like(basis)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = nearest_orthonormal(moved)
+        assert torch.equal(found, nearest_orthonormal(moved))
+
+    def test_is_orthonormal_can_say_no(self):
+        basis = torch.linalg.qr(torch.randn(30, 4)).Q
+        assert is_orthonormal(basis)
+        assert is_orthonormal(basis.bfloat16())
+        assert not is_orthonormal(1.02 * basis)
+        assert not is_orthonormal(torch.zeros(30, 4))
+
+
+class TestTraining:
+    def test_factors_of_every_kind_stay_orthonormal(self, batches):
+        model = adapted(batches)
+        before = copy.deepcopy([factor.detach() for factor in factors(model)])
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer)
+        train(model, optimizer, batches)
+        assert len(before) > 15
+        assert all(map(is_orthonormal, factors(model)))
+        assert not any(torch.equal(old, new) for old, new in zip(before, factors(model), strict=True))
+
+    def test_without_it_they_do_not(self, batches):
+        model = adapted(batches)
+        train(model, adam(model), batches)
+        assert not any(map(is_orthonormal, factors(model)))
+
+    def test_a_step_is_the_optimizers_and_then_the_nearest(self, batches):
+        model, plain = adapted(batches), adapted(batches)
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer)
+        train(model, optimizer, batches, 1)
+        train(plain, adam(plain), batches, 1)
+        for kept, free in zip(tuckers(model), tuckers(plain), strict=True):
+            assert torch.equal(kept.core, free.core)
+            for mine, other in zip(kept.factors, free.factors, strict=True):
+                if mine is not None:
+                    torch.testing.assert_close(mine, nearest_orthonormal(other))
+
+    def test_the_handle_ends_it(self, batches):
+        model = adapted(batches)
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer).remove()
+        train(model, optimizer, batches)
+        assert not any(map(is_orthonormal, factors(model)))
+
+    def test_accelerates_optimizer(self, batches):
+        model = adapted(batches)
+        optimizer = Accelerator(cpu=True).prepare(adam(model))
+        keep_orthonormal(model, optimizer)
+        train(model, optimizer, batches)
+        assert all(map(is_orthonormal, factors(model)))
+
+    def test_weights_with_a_zero_factor_are_let_be(self, batches):
+        """Those of the default start, but where the output mode is whole, and the core zero."""
+        torch.manual_seed(0)
+        config = FloraConfig(r=[6, 2], target_modules=["lin", "conv1d"])
+        model = get_peft_model(Net(), config).eval()
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer)
+        train(model, optimizer, batches)
+        inputs, outputs = factors(model)
+        assert is_orthonormal(inputs)
+        assert not is_orthonormal(outputs)
+
+    def test_another_adapter_is_let_be(self, batches):
+        model = adapted(batches)
+        model.add_adapter("other", FloraConfig(r=2, init_weights="gradient", **TARGETS))
+        before = copy.deepcopy([t.core.detach() for t in tuckers(model, "other")])
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer, adapter_name="default")
+        train(model, optimizer, batches)
+        assert all(map(is_orthonormal, factors(model)))
+        assert all(torch.equal(old, t.core) for old, t in zip(before, tuckers(model, "other"), strict=True))
+
+
+class TestErrors:
+    def test_no_such_adapter(self, batches):
+        model = adapted(batches)
+        with pytest.raises(ValueError, match=r"no FLoRA adapter 'other'; it has \['default'\]"):
+            keep_orthonormal(model, adam(model), adapter_name="other")
+
+    def test_an_optimizer_that_is_not_torchs(self, batches):
+        with pytest.raises(ValueError, match="needs an optimizer of torch, not Optimizer"):
+            keep_orthonormal(adapted(batches), Optimizer())
+
+    def test_factors_that_are_trained_already(self, batches):
+        model = adapted(batches)
+        optimizer = adam(model)
+        train(model, optimizer, batches)
+        with pytest.raises(ValueError, match=r"no weight whose factors are all orthonormal .* before the training"):
+            keep_orthonormal(model, optimizer)
+
+    def test_an_optimizer_of_something_else(self, batches):
+        with pytest.raises(ValueError, match="all stepped whole by this SGD"):
+            keep_orthonormal(adapted(batches), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))
