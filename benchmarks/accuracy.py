@@ -39,7 +39,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from torch import nn
 
-from florapeft import allocate, initialize_from_gradients
+from florapeft import allocate, initialize_from_gradients, keep_orthonormal
 from florapeft.gradients import are_noise
 from florapeft.train.fitting import RIVALS, Fit, adaptable, attaches, exactly, fitting
 from florapeft.train.trials import STEPS, climb, difference, rate_at, spread
@@ -130,8 +130,13 @@ def adalora_rival(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, d
     return model, {"left_out": refused} if refused else {}
 
 
-def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """LoRA with a start, and maybe with ranks, from gradients; as with FLoRA, those that are noise are not followed."""
+def gradient_rival(
+    spectrum: bool, case: Case, model: nn.Module, seed: int, *, orthonormal: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """LoRA with a start, and maybe with ranks, from gradients; as with FLoRA, those that are noise are not followed.
+
+    With `orthonormal` the rows of A, which begin so, stay so in training.
+    """
     layers = fitted("lora", case, model).layers
     found, agreement = gradient_lora.gradients(model, layers, case.batches(seed), case.loss)
     noise = are_noise(agreement)
@@ -142,7 +147,7 @@ def gradient_rival(spectrum: bool, case: Case, model: nn.Module, seed: int) -> t
         model, facts = rival("lora", case, model, seed)
     if not noise:
         gradient_lora.start_from_gradients(model, found)
-    return model, facts | {"agreement": agreement}
+    return model, facts | {"agreement": agreement, "orthonormal": orthonormal and not noise}
 
 
 def loraga(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -186,6 +191,13 @@ def flora(
 
 
 _GRADIENTS = {"init_weights": "gradient", "allocation": "spectrum"}
+
+
+def keeper(method: str) -> Callable[[nn.Module, torch.optim.Optimizer], Any]:
+    """What keeps a method's factors orthonormal."""
+    return keep_orthonormal if method.startswith("FLoRA") else gradient_lora.keep_orthonormal
+
+
 METHODS: dict[str, Method] = {
     "head only": head_only,
     "BitFit": bitfit,
@@ -195,6 +207,7 @@ METHODS: dict[str, Method] = {
     "LoRA-GA": loraga,
     "LoRA, gradient start": partial(gradient_rival, False),
     "LoRA, gradient start, ranks by spectrum": partial(gradient_rival, True),
+    "LoRA, gradient start, ranks by spectrum, orthonormal": partial(gradient_rival, True, orthonormal=True),
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
     "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
@@ -216,8 +229,8 @@ def train(case: Case, method: str, rates: Rates, seed: int) -> dict[str, Any]:
     if not head + body:
         raise NothingToTrainError("the network has no such parameters")
     groups = [(rates.body, body), (rates.head, head)]
-    between, orthonormal = adalora.after_steps(model), facts.get("orthonormal", False)
-    loss = fit(case, model, groups, setting.epochs, seed, between, orthonormal=orthonormal)
+    keep = keeper(method) if facts.get("orthonormal") else None
+    loss = fit(case, model, groups, setting.epochs, seed, adalora.after_steps(model), keep)
     seconds = case.seconds() - started
     return {
         "commit": record.commit(),

@@ -18,7 +18,7 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from florapeft import FloraConfig, keep_orthonormal
+from florapeft import FloraConfig
 from florapeft.train.fitting import adapted
 
 
@@ -203,22 +203,17 @@ def fit(
     epochs: int,
     seed: int,
     every_step: Callable[[nn.Module, torch.optim.Optimizer, int], None] | None = None,
-    *,
-    orthonormal: bool = False,
+    keep: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None,
 ) -> float:
-    """Trains groups of parameters, each at its rate, in place, FLoRA's factors maybe kept orthonormal.
-
-    Returns:
-        The last loss.
-    """
+    """Trains groups of parameters, each at its rate, in place, maybe kept orthonormal; returns the last loss."""
     torch.manual_seed(seed)
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0)
     if every_step is not None:
         steps = count(1)
         optimizer.register_step_post_hook(lambda optimizer, *_: every_step(model, optimizer, next(steps)))
-    if orthonormal:
-        keep_orthonormal(model, optimizer)
+    if keep is not None:
+        keep(model, optimizer)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

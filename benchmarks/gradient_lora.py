@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from florapeft.gradient_sums import GradientSum
 from florapeft.gradients import mean_agreement
+from florapeft.retraction import nearest_orthonormal
 from florapeft.train.fitting import attached, exactly, is_parameter, place, targeting
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -96,6 +97,20 @@ def start_from_gradients(model: PeftModel, found: dict[str, Tensor]) -> None:
             weight = module.lora_A["default"].weight  # of a stack, the rows of one expert after those of another
             directions = torch.linalg.svd(found[name], full_matrices=False).Vh
             weight.copy_(directions[..., : module.r["default"], :].reshape(weight.shape))
+
+
+def keep_orthonormal(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """After every step the rows of A are brought back to orthonormal ones, as `florapeft.keep_orthonormal` does."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+
+    @torch.no_grad()
+    def retract(*_: Any) -> None:
+        for layer in layers:
+            weight, rank = layer.lora_A["default"].weight, layer.r["default"]
+            columns = weight.view(-1, rank, weight.flatten(1).shape[1]).mT  # of a stack, a matrix per expert
+            weight.copy_(nearest_orthonormal(columns).mT.reshape(weight.shape))
+
+    optimizer.register_step_post_hook(retract)
 
 
 def _cost(gradient: Tensor) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cases import SETTINGS, Case
 from torch import nn
 
+from florapeft.retraction import is_orthonormal
 from florapeft.train.fitting import WITHIN, trainable
 
 
@@ -251,6 +252,20 @@ def test_nor_does_lora_with_gradients(case, monkeypatch, method, noise):
     assert bool(started) is not noise
     assert ("ranks" in facts) is (not noise and "spectrum" in method)
     assert "agreement" in facts
+
+
+@pytest.mark.parametrize("whose", ["FLoRA", "LoRA"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_factors_stay_orthonormal(case, monkeypatch, whose, kept):
+    monkeypatch.setattr(accuracy, "are_noise", lambda agreement: False)
+    method = f"{whose}, gradient start, ranks by spectrum" + ", orthonormal" * kept
+    models = []
+    monkeypatch.setattr(case, "score", lambda model, split: models.append(model) or 0.5)
+    assert accuracy.train(case, method, accuracy.Rates(1e-2, 1e-2), 0)["orthonormal"] is kept
+    bases = {"FLoRA": "flora_factors", "LoRA": "lora_A"}[whose]
+    found = [p if whose == "FLoRA" else p.flatten(1).mT for n, p in models[0].named_parameters() if f".{bases}." in n]
+    assert found
+    assert all(map(is_orthonormal, found)) is kept
 
 
 def test_loraga_is_for_linear_layers():
