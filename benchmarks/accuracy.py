@@ -285,7 +285,8 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
     def measured_at(share: float, method: str, rates: Rates) -> Rates:
         """At another budget the adapter's rate is searched anew, from that of the first."""
         score_there = partial(score, case.at(share), method, plan.other_seeds)
-        return rates._replace(body=climb(rates.body, lambda rate: score_there(rates._replace(body=rate))))
+        rates = search_body(rates, score_there)
+        return search_finer(rates, score_there) if plan.fine else rates
 
     for method in methods:
         try:
@@ -321,15 +322,22 @@ def search(case: Case, method: str, score: Callable[[Rates], float], fine: bool 
 
     With `fine`, then the adapter's neighbours on a grid twice as fine.
     """
-    rates = first_rates(case, method)
-    if rates.body is not None:
-        rates = rates._replace(body=climb(rates.body, lambda rate: score(rates._replace(body=rate))))
+    rates = search_body(first_rates(case, method), score)
     if rates.head is not None:
         rates = rates._replace(head=climb(rates.head, lambda rate: score(rates._replace(head=rate))))
-    if fine and rates.body is not None:
-        body = climb(rates.body, lambda rate: score(rates._replace(body=rate)), reach=1, steps=2 * STEPS)
-        rates = rates._replace(body=body)
-    return rates
+    return search_finer(rates, score) if fine else rates
+
+
+def search_body(rates: Rates, score: Callable[[Rates], float], **how: int) -> Rates:
+    """With the adapter's best rate, if there is one."""
+    if rates.body is None:
+        return rates
+    return rates._replace(body=climb(rates.body, lambda rate: score(rates._replace(body=rate)), **how))
+
+
+def search_finer(rates: Rates, score: Callable[[Rates], float]) -> Rates:
+    """With the best of the adapter's rate and its neighbours on a grid twice as fine."""
+    return search_body(rates, score, reach=1, steps=2 * STEPS)
 
 
 def first_rates(case: Case, method: str) -> Rates:
