@@ -21,10 +21,12 @@ def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).square().mean()
 
 
-@pytest.fixture
-def batches():
+def make_batches() -> list[torch.Tensor]:
     torch.manual_seed(3)
     return [torch.randint(0, 20, (4, 8)) for _ in range(3)]
+
+
+batches = pytest.fixture(make_batches)
 
 
 def adapted(batches):

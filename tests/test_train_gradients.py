@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import florapeft
+from florapeft.retraction import is_orthonormal
 from florapeft.train import gradients
 from florapeft.train.job import load_job, parse_job
 from florapeft.train.model import attach, load_base, trained_whole
 
 SMALL = "train.per_device_train_batch_size=4"
 ADAPTER = [SMALL, "adapter.budget=0.1", "train.num_train_epochs=1", "gradient_batches=2"]
+
+
+def kept_orthonormal(run: Path) -> bool:
+    """Whether all factors of a run's adapter are orthonormal, which has moved from its start."""
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    factors = [tensor for name, tensor in tensors.items() if ".flora_factors." in name]
+    assert factors
+    assert all(tensor.any() for name, tensor in tensors.items() if ".flora_core." in name)
+    return all(map(is_orthonormal, factors))
 
 
 @pytest.mark.parametrize("task", ["image-classification", "text-classification", "causal-lm"])
@@ -44,6 +55,7 @@ def test_ranks_and_start_come_from_gradients(task, jobs, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (saved["init_weights"], saved["allocation"]) == ("gradient", "spectrum")
     assert saved["ranks"]
+    assert kept_orthonormal(tmp_path / "run")
     assert 0.05 < record["parameters"]["adapter"] / record["parameters"]["network"] <= 0.1
     job = (tmp_path / "run" / "job.yaml").read_text()
     assert "gradient_batches: 2" in job
@@ -60,6 +72,7 @@ def test_noise_is_not_followed_unless_it_is_asked_for(asked, jobs, tmp_path, mon
     assert json.loads(stdout)["gradients"]["batches"] == 2
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (saved["init_weights"], saved["allocation"]) == (("gradient", "spectrum") if asked else (True, "uniform"))
+    assert kept_orthonormal(tmp_path / "run") == asked
 
 
 def test_without_a_budget_the_start_alone(jobs, tmp_path):
@@ -85,6 +98,18 @@ def test_resuming_takes_the_ranks_of_the_checkpoint(jobs, tmp_path):
     assert "gradients" not in second
     assert "looking at" not in stderr
     assert "trains from the default start" not in stderr
+    assert kept_orthonormal(tmp_path / "run")
+
+
+def test_resuming_a_run_that_followed_no_gradients(jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "are_noise", lambda agreement: True)
+    arguments = [*jobs["causal-lm"], SMALL, "adapter.budget=0.1", "gradient_batches=2", f"output={tmp_path / 'run'}"]
+    flora("train", *arguments, "train.num_train_epochs=1")
+    _, stderr = flora("train", *arguments, "train.num_train_epochs=2", "--resume")
+    assert "orthonormal" not in stderr
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert saved["init_weights"] is True
+    assert not kept_orthonormal(tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["gradient_batches=1", "warmup_head=2"])

@@ -100,9 +100,9 @@ def warm_heads(
 
 
 def attach_as_in(job: Job, base: transformers.PreTrainedModel, checkpoint: Path) -> peft.PeftModel:
-    """The adapter with the ranks of a checkpoint, whose weights are to be loaded into it."""
-    ranks = FloraConfig.from_pretrained(str(checkpoint)).ranks
-    return peft.get_peft_model(base, adapter_config(job, base, init_weights="gradient", ranks=ranks))
+    """The adapter with the ranks and the kind of start of a checkpoint, whose weights are to be loaded into it."""
+    began = FloraConfig.from_pretrained(str(checkpoint))
+    return peft.get_peft_model(base, adapter_config(job, base, init_weights=began.init_weights, ranks=began.ranks))
 
 
 def warmup_epochs(job: Job) -> int:

@@ -17,6 +17,7 @@ from florapeft.train.data import Examples, load_examples, with_images
 from florapeft.train.gradients import Train, attach_as_in, attach_by_gradients
 from florapeft.train.job import Job, first_difference, load_job
 from florapeft.train.model import attach, load_base, load_collator
+from florapeft.train.orthonormal import OrthonormalFactors, starts_from_gradients
 from florapeft.train.rates import check_not_sharded, check_two_rates, optimizer_of_two_rates
 from florapeft.train.record import versions
 from florapeft.train.save import (
@@ -139,6 +140,8 @@ def make_trainer(
         board.logging_dir = str(Path(job.output) / "logs")
         callbacks.append(board)
     is_classifier = job.task != "causal-lm"
+    if starts_from_gradients(model):
+        callbacks.append(OrthonormalFactors())
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
