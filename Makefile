@@ -38,6 +38,7 @@ bench: $(VENV)/.stamp-bench  ## the measurements behind the tables (long)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/plan_memory.py
+	$(BIN)/python benchmarks/retraction.py
 	$(BIN)/python benchmarks/structure.py --data $(DATA)
 	$(BIN)/python benchmarks/extraction.py --data $(DATA)
 	$(BIN)/python benchmarks/extraction.py cost

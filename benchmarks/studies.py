@@ -28,6 +28,7 @@ from torch import nn
 from variants import (
     Between,
     Build,
+    absorb,
     exact_energies,
     form,
     gradient_start,
@@ -71,6 +72,8 @@ class Variant:
 
 _GRID = (3.2e-3, 1e-2, 3.2e-2, 1e-1)
 SPECTRUM = partial(gradient_start, allocation="spectrum")
+DECOMPOSED = partial(form, decomposed=True, allocation="spectrum")
+GAINS = ["bn1.weight", "bn2.weight"]  # ResNet-20's norms
 STUDIES: dict[str, dict[str, Variant]] = {
     "start": {
         "core zero, bases of the summed gradient": Variant(),
@@ -81,6 +84,9 @@ STUDIES: dict[str, dict[str, Variant]] = {
         "gradients of 1 batch": Variant(setting={"gradient_batches": 1}),
         "gradients of all batches": Variant(setting={"gradient_batches": 1000}),
         "no gradients (default start)": Variant(plain, (5.6e-3, 1e-2, 1.8e-2)),
+        "no gradients, all factors but the output's kept orthonormal": Variant(
+            plain, (5.6e-3, 1e-2, 1.8e-2), between=retract
+        ),
     },
     "factors": {
         "fixed": Variant(factor_rate=0.0, rates=_AROUND, unequal=True),
@@ -109,8 +115,13 @@ STUDIES: dict[str, dict[str, Variant]] = {
     "recipe": {
         "as it is": Variant(SPECTRUM, (5.6e-3, *_AROUND)),
         "factors kept orthonormal": Variant(SPECTRUM, (*_AROUND, 5.6e-2), between=retract),
-        "magnitudes apart, as in DoRA": Variant(
-            partial(form, decomposed=True, allocation="spectrum"), (*_AROUND, 5.6e-2)
+        "magnitudes apart, as in DoRA": Variant(DECOMPOSED, (*_AROUND, 5.6e-2)),
+        "factors kept orthonormal, what they lose taken up by the core": Variant(
+            SPECTRUM, (*_AROUND, 5.6e-2), between=absorb
+        ),
+        "factors kept orthonormal and magnitudes apart": Variant(DECOMPOSED, (*_AROUND, 5.6e-2), between=retract),
+        "factors kept orthonormal, gains of norms adapted too": Variant(
+            partial(SPECTRUM, target_parameters=GAINS), (*_AROUND, 5.6e-2), between=retract
         ),
     },
     "locality": {

@@ -179,14 +179,40 @@ def form(case: Case, model: nn.Module, seed: int, *, decomposed: bool, **fields:
     return updated(case, model, seed, {}, decomposed=decomposed, budget=case.goal - magnitudes, **fields)
 
 
+def factors(model: nn.Module) -> list[Tensor]:
+    """Of all updates."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, FloraLayer):
+            found += [f for tucker in module.tuckers("default").values() for f in tucker.factors if f is not None]
+        elif isinstance(module, Updated):
+            found += module.factors.values()
+    return found
+
+
 @torch.no_grad()
-def retract(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Factors back to orthonormal columns, by QR."""
+def retract(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Factors back to orthonormal columns, by QR; those that began at zero are let be."""
+    if step == 1:
+        model.retracted = [factor for factor in factors(model) if factor.norm(dim=0).min() > 0.5]
+    for factor in model.retracted:
+        basis, triangle = torch.linalg.qr(factor)
+        factor.copy_(basis * triangle.diagonal().sign())
+
+
+@torch.no_grad()
+def absorb(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The same, and the core takes up what the factors lose: the update stays as the optimizer left it."""
     for layer in layers(model).values():
-        for factor in layer.tucker("default").factors:
+        core, *bases = layer.tucker("default").core, *layer.tucker("default").factors
+        triangles: list[Tensor | None] = []
+        for factor in bases:
             if factor is not None:
                 basis, triangle = torch.linalg.qr(factor)
-                factor.copy_(basis * triangle.diagonal().sign())
+                signs = triangle.diagonal().sign()
+                factor.copy_(basis * signs)
+            triangles.append(None if factor is None else signs[:, None] * triangle)
+        core.copy_(multi_mode_dot(core, triangles))
 
 
 @torch.no_grad()

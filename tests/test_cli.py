@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import florapeft.cli
 from florapeft.cli import _output
 from florapeft.cli._adapter import parse_targets
+from florapeft.retraction import is_orthonormal
 from florapeft.train import merge as merge_module
 from florapeft.train import run as run_module
 
@@ -491,6 +492,8 @@ def test_torchrun_with_two_processes(jobs, tmp_path):
     assert record["gradients"]["warmup_epochs"] == 1
     assert record["gradients"]["batches"] == 2
     assert record["steps"] == 3  # 24 examples, 2 processes of 4 each
+    adapter = load_file(tmp_path / "o" / "adapter" / "adapter_model.safetensors")
+    assert all(is_orthonormal(factor) for name, factor in adapter.items() if ".flora_factors." in name)
     assert record["validation"]["loss"] == pytest.approx(0.693, abs=0.05)  # not twice that: see classification_loss
     assert len({path.name.split(".")[-2] for path in (tmp_path / "o" / "logs").iterdir()}) == 1  # one process wrote
     assert json.loads(flora("eval", tmp_path / "o", "--json")[0])["accuracy"] == record["validation"]["accuracy"]

@@ -7,6 +7,7 @@ import methods
 import networks
 import per_network
 import pytest
+import retraction
 import speed
 import torch
 from methods import METHODS, prepare
@@ -48,6 +49,13 @@ def test_quick(script, tiny, capsys, monkeypatch):
     assert set(METHODS) <= set(lines)
     assert "x1.00" in lines["frozen"]
     assert "Error" not in "".join(lines[name] for name in set(METHODS) - LYCORIS)
+
+
+def test_keeping_factors_orthonormal():
+    rows = retraction.examine(TINY, 3)
+    assert set(rows) == set(retraction.WAYS)
+    assert rows["not kept"]["ratio"] == 1
+    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_results_are_written_once(tiny, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from cases import SETTINGS, Case
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from florapeft.retraction import is_orthonormal
 from florapeft.tucker import Tucker
 
 
@@ -50,6 +51,33 @@ def test_forms_begin_as_the_network_and_have_as_many_parameters(case, decomposed
     count = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not case.in_head(n))
     assert count == pytest.approx(case.goal, rel=0.02)
     assert any("magnitude" in name for name, _ in model.named_parameters()) == decomposed
+
+
+@pytest.mark.parametrize("build", [variants.gradient_start, variants.plain, variants.form])
+def test_retracted_factors_are_orthonormal_but_those_that_began_at_zero(case, build):
+    model = build(case, case.model(0), 0, **({"decomposed": True} if build is variants.form else {}))
+    before = [factor.clone() for factor in variants.factors(model)]
+    with torch.no_grad():
+        for factor in variants.factors(model):
+            factor.add_(0.02 * torch.randn_like(factor))
+    assert not all(map(is_orthonormal, variants.factors(model)))
+    variants.retract(case, model, None, 1)
+    zeros = sum(not factor.any() for factor in before)
+    assert sum(map(is_orthonormal, variants.factors(model))) == len(before) - zeros
+    assert bool(zeros) == (build is variants.plain)
+
+
+def test_absorbed_triangles_leave_updates_as_they_are(case):
+    model = variants.gradient_start(case, case.model(0), 0)
+    with torch.no_grad():
+        for layer in variants.layers(model).values():
+            for tensor in (t for t in (layer.tucker("default").core, *variants.factors(layer)) if t is not None):
+                tensor.add_(0.05 * torch.randn_like(tensor))
+    before = [layer.tucker("default").to_tensor().detach() for layer in variants.layers(model).values()]
+    variants.absorb(case, model, None, 1)
+    assert all(map(is_orthonormal, variants.factors(model)))
+    for layer, update in zip(variants.layers(model).values(), before, strict=True):
+        torch.testing.assert_close(layer.tucker("default").to_tensor(), update)
 
 
 def test_realigned_updates_are_projections_and_the_rest_stays(case):
