@@ -107,7 +107,7 @@ def keep_orthonormal(model: PeftModel, optimizer: torch.optim.Optimizer) -> None
     def retract(*_: Any) -> None:
         for layer in layers:
             weight, rank = layer.lora_A["default"].weight, layer.r["default"]
-            columns = weight.view(-1, rank, weight.flatten(1).shape[1]).mT  # of a stack, a matrix per expert
+            columns = weight.reshape(-1, rank, weight[0].numel()).mT  # of a stack, a matrix per expert
             weight.copy_(nearest_orthonormal(columns).mT.reshape(weight.shape))
 
     optimizer.register_step_post_hook(retract)

@@ -188,8 +188,10 @@ def adapter_tuckers(model: PeftModel, adapter_name: str | None) -> tuple[str, di
     """An adapter's name, which is the active one's for None, and its tensors by the names of its targets.
 
     Raises:
-        ValueError: no such adapter of FLoRA.
+        ValueError: no model of PEFT's, or no such adapter of FLoRA.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"this needs the PeftModel itself, not a {type(model).__name__}")
     name = model.active_adapter if adapter_name is None else adapter_name
     if not isinstance(model.peft_config.get(name), FloraConfig):
         raise ValueError(f"the model has no FLoRA adapter {name!r}; it has {sorted(model.peft_config)}")

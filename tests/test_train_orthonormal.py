@@ -47,6 +47,24 @@ def test_what_cannot_be_kept_is_said_and_trained(batches, tmp_path, caplog):
     assert not torch.equal(before, factors(model)[0])
 
 
+def test_a_second_training_has_one_hook(batches):
+    model = adapted(batches)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    callback = OrthonormalFactors()
+    callback.on_train_end()  # nothing has begun
+    for _ in range(2):  # the first is broken off
+        callback.on_train_begin(model=model, optimizer=optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    callback.on_train_end()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_model_that_is_not_pefts_is_said(batches, caplog):
+    model = torch.nn.Linear(2, 2)
+    OrthonormalFactors().on_train_begin(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    assert "not kept orthonormal in this training: this needs the PeftModel itself, not a Linear" in caplog.text
+
+
 def test_which_models_it_is_for(batches):
     model = adapted(batches)
     assert starts_from_gradients(model)

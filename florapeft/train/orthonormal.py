@@ -14,12 +14,14 @@ logger = logging.getLogger("florapeft")
 class OrthonormalFactors(transformers.TrainerCallback):
     """`florapeft.keep_orthonormal` for a Trainer, also TRL's: `Trainer(…, callbacks=[OrthonormalFactors()])`.
 
-    Where it cannot be done, as with parameters that DeepSpeed or FSDP shard, a warning says why and the training goes
-    on without it.
+    The model is to have its adapter, started from gradients, before the Trainer gets it. Where factors cannot be kept,
+    as with parameters that DeepSpeed or FSDP shard, a warning says why and the training goes on without it.
     """
 
+    _handle = None
+
     def on_train_begin(self, *_: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
-        self._handle = None
+        self.on_train_end()  # of a training that was broken off
         try:
             self._handle = keep_orthonormal(model, optimizer)
         except ValueError as reason:
@@ -28,6 +30,7 @@ class OrthonormalFactors(transformers.TrainerCallback):
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._handle is not None:
             self._handle.remove()
+            self._handle = None
 
 
 def starts_from_gradients(model: Any) -> bool:
