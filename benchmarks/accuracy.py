@@ -211,8 +211,8 @@ METHODS: dict[str, Method] = {
     "FLoRA, released start": partial(flora, {"init_weights": "released", "kernel_r": 2, "scale": 4.0}),
     "FLoRA": partial(flora, {}),
     "FLoRA, gradient start": partial(flora, {"init_weights": "gradient"}),
-    RECIPE: partial(flora, _GRADIENTS),
-    f"{RECIPE}, orthonormal": partial(flora, _GRADIENTS, orthonormal=True),
+    "FLoRA, gradient start, ranks by spectrum": partial(flora, _GRADIENTS),
+    RECIPE: partial(flora, _GRADIENTS, orthonormal=True),
 }
 
 
@@ -307,6 +307,9 @@ def compare(case: Case, methods: list[str], plan: Plan, path: Path) -> None:
             with changing(path) as results:
                 known = results.setdefault("rates_at", {}).setdefault(str(share), {})
                 known[method] = there._asdict()
+                if plan.fine:
+                    refined = results.setdefault("fine_at", {})
+                    refined[str(share)] = sorted({method, *refined.get(str(share), [])})
                 results.setdefault("other_budgets", {})[str(share)] = summary(results, share, known)
 
 
