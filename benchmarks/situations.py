@@ -1,4 +1,4 @@
-"""More tables of docs/performance.md: what grows how, unmerged adapters at work, and a model that is not in memory."""
+"""More tables of docs/performance.md: what grows how, adapters at work, a model that is not in memory, a retraction."""
 
 from __future__ import annotations
 
@@ -44,8 +44,20 @@ def large() -> Lines:
     return ["method", "parameters", *columns], lines
 
 
+def retraction() -> Lines:
+    """Training steps that keep the factors orthonormal, relative to the same steps that do not."""
+    networks = read("retraction")["networks"]
+    ways = list(next(iter(networks.values())))
+    lines = [
+        [name, f"{1000 * rows[ways[0]]['seconds']:.0f}", *(spread(rows[way]) for way in ways[1:])]
+        for name, rows in networks.items()
+    ]
+    return ["network", f"{ways[0]}, ms", *ways[1:]], lines
+
+
 TABLES: dict[str, Callable[[], Lines]] = {
     "scaling-exponents": exponents,
     "inference": inference,
     "large": large,
+    "retraction": retraction,
 }
