@@ -46,13 +46,13 @@ def keep_orthonormal(
     inner = _checked(optimizer)
     stepped = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     groups: dict[tuple, list[Tensor]] = {}
-    for tucker in tuckers.values():
-        factors = [factor for factor in tucker.factors if factor is not None]
+    by_weight = [[factor for factor in tucker.factors if factor is not None] for tucker in tuckers.values()]
+    for factors in by_weight:
         if all(map(is_orthonormal, factors)):
             for factor in factors:
                 if id(factor) in stepped:
                     groups.setdefault((factor.shape, factor.dtype, factor.device), []).append(factor)
-    if not groups:
+    if any(by_weight) and not groups:
         raise ValueError(
             f"adapter {name!r} has no weight with orthonormal factors that this {type(inner).__name__} steps: "
             "keep_orthonormal is for a start from gradients, before the training, and not for sharded parameters"

@@ -197,6 +197,13 @@ class TestTraining:
         assert is_orthonormal(inputs)
         assert not is_orthonormal(outputs)
 
+    def test_an_adapter_without_factors_is_as_it_is(self, batches):
+        model = get_peft_model(Net(), FloraConfig(target_modules=[], target_parameters=["gain"])).eval()
+        optimizer = adam(model)
+        keep_orthonormal(model, optimizer)
+        train(model, optimizer, batches)
+        assert next(tuckers(model)).core.any()
+
     def test_another_adapter_is_let_be(self, batches):
         model = adapted(batches)
         model.add_adapter("other", FloraConfig(r=2, init_weights="gradient", **TARGETS))
