@@ -30,8 +30,8 @@ def keep_orthonormal(
 
     Args:
         model: with a FLoRA adapter; itself, not a wrapper around it.
-        optimizer: one that trains the adapter, by steps of its own; accelerate's wrapper around one is right too, after
-            `prepare`.
+        optimizer: one that trains the adapter by calls of `step`; accelerate's wrapper around one is right too, after
+            `prepare`. What is done to the parameters in other ways (LOMO's steps, SAM's second ones) is not noticed.
         adapter_name: the adapter; None takes the active one.
 
     Returns:
