@@ -22,23 +22,21 @@ import record
 import torch
 from networks import NETWORKS, Network
 from peft import PeftModel, get_peft_model
+from variants import factors, positive_qr
 
 from florapeft import FloraConfig, initialize_from_gradients, keep_orthonormal
-from florapeft.targets import adapter_tuckers
 from florapeft.train.fitting import shared
 
 CHOSEN = [name for name in NETWORKS if not name.endswith("-channels-last")]
 
 
 def keep_by_qr(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    _, tuckers = adapter_tuckers(model, None)
-    factors = [factor for tucker in tuckers.values() for factor in tucker.factors if factor is not None]
+    found = factors(model)
 
     @torch.no_grad()
     def retract(*_: object) -> None:
-        for factor in factors:
-            basis, triangle = torch.linalg.qr(factor)
-            factor.copy_(basis * triangle.diagonal().sign())
+        for factor in found:
+            factor.copy_(positive_qr(factor)[0])
 
     optimizer.register_step_post_hook(retract)
 

@@ -190,29 +190,32 @@ def factors(model: nn.Module) -> list[Tensor]:
     return found
 
 
+def positive_qr(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """QR with a positive diagonal: near orthonormal columns no column changes its sign."""
+    basis, triangle = torch.linalg.qr(factor)
+    signs = triangle.diagonal().sign()
+    return basis * signs, signs[:, None] * triangle
+
+
 @torch.no_grad()
 def retract(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Factors back to orthonormal columns, by QR; those that began at zero are let be."""
     if step == 1:
         model.retracted = [factor for factor in factors(model) if factor.norm(dim=0).min() > 0.5]
     for factor in model.retracted:
-        basis, triangle = torch.linalg.qr(factor)
-        factor.copy_(basis * triangle.diagonal().sign())
+        factor.copy_(positive_qr(factor)[0])
 
 
 @torch.no_grad()
 def absorb(case: Case, model: PeftModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     """The same, and the core takes up what the factors lose: the update stays as the optimizer left it."""
     for layer in layers(model).values():
-        core, *bases = layer.tucker("default").core, *layer.tucker("default").factors
-        triangles: list[Tensor | None] = []
-        for factor in bases:
+        core, bases = layer.tucker("default")
+        parts = [(None, None) if factor is None else positive_qr(factor) for factor in bases]
+        core.copy_(multi_mode_dot(core, [triangle for _, triangle in parts]))
+        for factor, (basis, _) in zip(bases, parts, strict=True):
             if factor is not None:
-                basis, triangle = torch.linalg.qr(factor)
-                signs = triangle.diagonal().sign()
-                factor.copy_(basis * signs)
-            triangles.append(None if factor is None else signs[:, None] * triangle)
-        core.copy_(multi_mode_dot(core, triangles))
+                factor.copy_(basis)
 
 
 @torch.no_grad()
