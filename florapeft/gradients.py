@@ -26,7 +26,7 @@ from florapeft.init import start_from_bases
 from florapeft.layer import FloraLayer
 from florapeft.planning import selected_targets
 from florapeft.target_ranks import budget_in_parameters
-from florapeft.targets import Target, adapted_targets, adapter_tuckers
+from florapeft.targets import Target, adapter_tuckers
 
 logger = logging.getLogger("florapeft")
 
@@ -89,7 +89,8 @@ def initialize_from_gradients(
         ValueError: no such adapter, one that is merged or whose update is not zero; or see
             `florapeft.gradient_sums.gradient_sums`. Nothing is changed.
     """
-    name, tuckers = adapter_tuckers(model, adapter_name)
+    name, adapted = adapter_tuckers(model, adapter_name)
+    tuckers = {target.name: tucker for target, tucker in adapted}
     base = model.get_base_model()
     layers = dict(base.named_modules())
     if merged := [key for key, layer in layers.items() if isinstance(layer, FloraLayer) and layer.merged]:
@@ -97,7 +98,7 @@ def initialize_from_gradients(
     for key, tucker in tuckers.items():
         if all(tensor.any() for tensor in (tucker.core, *tucker.factors) if tensor is not None):
             raise ValueError(f"the update of {key} is not zero: adapter {name!r} is trained already")
-    weights = {target.name: _weight(base, target) for target in adapted_targets(base) if target.name in tuckers}
+    weights = {target.name: _weight(base, target) for target, _ in adapted}
     sums = gradient_sums(model, weights, batches, loss, {key: tucker.rank for key, tucker in tuckers.items()})
     mean_agreement(sums)
     for key, found in sums.items():

@@ -42,11 +42,11 @@ def keep_orthonormal(
             (schedule-free ones, LBFGS), or that does not step the parameters themselves (DeepSpeed, FSDP); or no weight
             with orthonormal factors. Nothing is changed.
     """
-    name, tuckers = adapter_tuckers(model, adapter_name)
+    name, adapted = adapter_tuckers(model, adapter_name)
     inner = _checked(optimizer)
     stepped = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     groups: dict[tuple, list[Tensor]] = {}
-    by_weight = [[factor for factor in tucker.factors if factor is not None] for tucker in tuckers.values()]
+    by_weight = [[factor for factor in tucker.factors if factor is not None] for _, tucker in adapted]
     for factors in by_weight:
         if all(map(is_orthonormal, factors)):
             for factor in factors:

@@ -184,8 +184,8 @@ def adapted_targets(model: nn.Module) -> list[Target]:
     return targets
 
 
-def adapter_tuckers(model: PeftModel, adapter_name: str | None) -> tuple[str, dict[str, Tucker]]:
-    """An adapter's name, which is the active one's for None, and its tensors by the names of its targets.
+def adapter_tuckers(model: PeftModel, adapter_name: str | None) -> tuple[str, list[tuple[Target, Tucker]]]:
+    """An adapter's name, which is the active one's for None, and its targets with their tensors.
 
     Raises:
         ValueError: no model of PEFT's, or no such adapter of FLoRA.
@@ -195,11 +195,11 @@ def adapter_tuckers(model: PeftModel, adapter_name: str | None) -> tuple[str, di
     name = model.active_adapter if adapter_name is None else adapter_name
     if not isinstance(model.peft_config.get(name), FloraConfig):
         raise ValueError(f"the model has no FLoRA adapter {name!r}; it has {sorted(model.peft_config)}")
-    base, found = model.get_base_model(), {}
+    base, found = model.get_base_model(), []
     for target in adapted_targets(base):
         layer = base.get_submodule(target.module)
         if name in layer.flora_core and (tucker := layer.tuckers(name).get(target.weight)) is not None:
-            found[target.name] = tucker
+            found.append((target, tucker))
     return name, found
 
 
